@@ -1,0 +1,117 @@
+"""The whole recipe on a laptop: `make demo`, or
+
+    python -m experiments.pipeline --config=configs/demo.py --workdir=runs/demo
+
+Two CPU cores, no accelerator, at most 10 minutes and 6 GB. Code, documentation and arithmetic found or made on the
+machine train a small teacher, which is pruned, distilled, split into a mixture and trained on.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+CODE, PACKAGES, KNOWLEDGE, MATHEMATICS = "standard_library", "installed_packages", "knowledge", "mathematics"
+
+
+def phase(share: float, mixture: dict[str, float], fim_rate: float, rate: dict) -> ConfigDict:
+    """One phase; `share` is its part of the stage's steps."""
+    shape = {"batch_size": 16, "sequence_length": 256}
+    fim = {"rate": fim_rate, "spm_rate": 0.5, "unit": "mixed"}
+    return ConfigDict({"share": share, **shape, "mixture": mixture, "fim": fim, "rate": rate})
+
+
+def training(steps: int, phases: dict[str, ConfigDict]) -> dict:
+    """What every training stage has."""
+    return {
+        "init_from": config_dict.placeholder(str),  # a stage of this work folder, or a stage folder anywhere
+        "steps": steps,
+        "phases": phases,
+        "optimizer": {"b1": 0.9, "b2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0},
+        "log_every": 5,
+        "eval_every": 50,
+        "save_every": 50,
+    }
+
+
+def get_config() -> ConfigDict:
+    """The recipe, one section a stage."""
+    broad = {CODE: 0.35, PACKAGES: 0.35, KNOWLEDGE: 0.2, MATHEMATICS: 0.1}
+    quality = {CODE: 0.5, PACKAGES: 0.25, KNOWLEDGE: 0.1, MATHEMATICS: 0.15}
+    best = {CODE: 0.7, PACKAGES: 0.1, KNOWLEDGE: 0.05, MATHEMATICS: 0.15}
+
+    config = ConfigDict()
+    config.seed = 0
+    config.stages = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
+    config.mesh = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
+    config.runtime = {"remat": "none", "scan_unroll": 0, "attention": "auto", "experts": "auto"}
+    config.loader = {"streams": 4}
+    config.validation = {"batch_size": 16, "sequence_length": 256, "max_tokens_per_source": 20_000}
+
+    config.prepare_data = {
+        "sources": {
+            CODE: {"kind": "standard_library", "max_bytes": 3_000_000},
+            PACKAGES: {"kind": "installed_packages", "max_bytes": 3_000_000},
+            KNOWLEDGE: {"kind": "knowledge", "max_bytes": 1_500_000},
+            MATHEMATICS: {"kind": "mathematics", "max_bytes": 800_000, "seed": 0},
+        },
+        "vocab_size": 4096,
+        "valid_fraction": 0.04,
+    }
+    config.model = {  # the teacher; vocab_size comes from the tokenizer
+        "layers": 6,
+        "model_dim": 128,
+        "heads": 4,
+        "kv_heads": 2,
+        "head_dim": 32,
+        "mlp_dim": 384,
+    }
+    config.pretrain = training(
+        260, {"phase1": phase(1.0, broad, 0.3, {"peak": 4e-3, "end": 4e-4, "warmup_share": 0.08, "law": "cosine"})}
+    )
+    config.prune = {
+        "init_from": config_dict.placeholder(str),
+        "steps": 8,  # calibration batches
+        "calibration": phase(1.0, broad, 0.0, {"peak": 0.0}),
+        "importance": {"batch": "l2", "sequence": "mean", "weight_aware": False},
+        "norm_correction": True,
+        "target": {"layers": 5, "model_dim": 112, "mlp_dim": 288, "heads": 4, "kv_heads": 2},
+    }
+    config.distill = training(
+        120, {"phase1": phase(1.0, broad, 0.3, {"peak": 2e-3, "end": 2e-4, "warmup_share": 0.05, "law": "cosine"})}
+    ) | {
+        "teacher": "pretrain",
+        "loss": {"temperature": 1.0, "hidden": True, "hidden_loss": "mse", "cross_entropy": 0.0},
+        "hidden_every": 1,  # every n-th kept layer is taught
+        "baseline": True,  # also train the student without the teacher, to compare
+    }
+    config.upcycle = {
+        "init_from": config_dict.placeholder(str),
+        "granularity": 4,
+        "replicas": 2,
+        "top_replicas": 1,
+        "experts_per_token": config_dict.placeholder(int),  # lossy unless a multiple of granularity
+        "router": "topk_softmax",
+        "scale_placement": "balanced",
+        "partition": "contiguous",
+        "allow_lossy": False,
+    }
+    config.cpt = training(
+        150,
+        {
+            "phase1": phase(0.5, broad, 0.5, {"peak": 1.5e-3, "warmup_share": 0.1, "law": "constant"}),
+            "phase2": phase(0.3, quality, 0.5, {"peak": 1.5e-3, "end": 7e-4, "law": "cosine"}),
+            "phase3": phase(0.2, best, 0.3, {"peak": 7e-4, "end": 2e-5, "law": "1-sqrt"}),
+        },
+    ) | {"balance": {"load": 0.01, "z": 0.001}}
+    config.evaluate = {
+        "init_from": config_dict.placeholder(str),
+        "benchmarks": ("house_functions", "infilling"),
+        "data_dir": config_dict.placeholder(str),  # folder of public benchmark files
+        "num_samples": 4,
+        "temperature": 0.4,
+        "max_new_tokens": 48,
+        "samples": config_dict.placeholder(str),  # a file of samples to score; no checkpoint is read then
+        "infilling_source": CODE,
+        "infilling_tasks": 48,
+        "infilling_window": 350,  # characters on each side
+    }
+    config.report = {"title": "From real code to an upcycled model"}
+    return config

@@ -1,0 +1,127 @@
+"""From a command line to a stage: flags, one-line errors, exit statuses.
+
+Exit status: 0 done, or stopped by a signal with everything saved (`--preempt_exit_code` chooses another);
+2 bad input, in one line; 1 a defect of this program, with its traceback.
+"""
+
+import errno
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+from kwaicoder_jax import files
+from kwaicoder_jax.errors import UserError
+from ml_collections import ConfigDict, config_flags
+
+from experiments.contract import Context, Stage
+from experiments.contract import run as run_contract
+from experiments.display import Display
+from experiments.stopping import Stop, Stopped
+
+DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
+
+
+def define_flags() -> Any:
+    """Defines the flags of every stage command; returns the holder of the config."""
+    flags.DEFINE_string("workdir", None, "Folder of the whole recipe; each stage has a folder in it.")
+    flags.DEFINE_bool("restart", False, "Start the stage over: what it wrote is deleted.")
+    flags.DEFINE_integer("preempt_exit_code", 0, "Exit status after SIGTERM, when everything is saved.")
+    return config_flags.DEFINE_config_file("config", None, "Recipe, as in configs/demo.py; --config.field=value.")
+
+
+def main(stage: Stage) -> None:
+    """The body of a stage command."""
+    holder = define_flags()
+    execute(
+        lambda stop, display: run_contract(context_of(stage, holder.value, stop, display), restart=_flag("restart"))
+    )
+
+
+def execute(work: Callable[[Stop, Display], Any]) -> None:
+    """Parses the flags, does `work`, and exits with the status that the module's docstring gives."""
+    stop, display = Stop(), Display()
+    stop.install()
+    try:
+        parse(sys.argv)
+        work(stop, display)
+    except Stopped:
+        display.line("stopped; the same command goes on from here")
+        sys.exit(_flag("preempt_exit_code"))
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        _fail(f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written")
+
+
+def _flag(name: str) -> Any:
+    return flags.FLAGS[name].value
+
+
+def _fail(text: str) -> None:
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def context_of(stage: Stage, config: ConfigDict, stop: Stop, display: Display) -> Context:
+    """A stage's context from the parsed flags."""
+    return Context(stage, _lists(config.to_dict()), files.path(_flag("workdir")).absolute(), display, stop)
+
+
+def _lists(value: Any) -> Any:
+    """Reads `--config.stages=a,b` as two names: the flags give a tuple with one string."""
+    if isinstance(value, dict):
+        return {key: _lists(each) for key, each in value.items()}
+    if isinstance(value, tuple | list) and len(value) == 1 and isinstance(value[0], str):
+        return tuple(value[0].split(","))
+    return value
+
+
+def parse(argv: list[str]) -> None:
+    """Parses absl flags and config overrides; whatever is wrong with them becomes one UserError."""
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
+        raise UserError(*_explain(argv, error)) from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag", remedy="flags look like --config=FILE")
+    for name in ("config", "workdir"):
+        if flags.FLAGS[name].value is None:
+            raise UserError(
+                "is required", where=f"--{name}", remedy="as in --config=configs/demo.py --workdir=runs/demo"
+            )
+
+
+def _explain(argv: list[str], error: Exception) -> tuple[str]:
+    """Which flag is wrong, and what would be right."""
+    overrides = [each.split("=")[0].removeprefix("--config.") for each in argv if each.startswith("--config.")]
+    named = [each.removeprefix("--config=") for each in argv if each.startswith("--config=")]
+    if overrides and not named:
+        return (f"--config.{overrides[0]} without --config=FILE",)
+    if isinstance(error, UserError):
+        return (str(error),)
+    if named and (config := _load(named[-1])) is not None:
+        for name in overrides:
+            place: Any = config
+            for part in name.split("."):
+                if not isinstance(place, ConfigDict) or part not in place:
+                    fields = sorted(place) if isinstance(place, ConfigDict) else []
+                    return (f"config.{name}: no such field {part!r}; the fields here are {', '.join(fields)}",)
+                place = place[part]
+    return (" ".join(str(error).split()) or type(error).__name__,)
+
+
+def _load(named: str) -> ConfigDict | None:
+    file, _, argument = named.partition(":")
+    try:
+        spec = importlib.util.spec_from_file_location("config_to_explain", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module.get_config(argument) if argument else module.get_config()
+    except Exception:  # noqa: BLE001 - any defect of a user's file; the first error is the one to report
+        return None

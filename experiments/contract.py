@@ -1,0 +1,239 @@
+"""What every stage promises: finished work is kept, interrupted work goes on, changed work is noticed.
+
+    WORKDIR/STAGE/stage.json     config and inputs, written first: what the stage's files were made from
+    WORKDIR/STAGE/summary.json   results, written last and atomically: the stage is finished
+
+A stage's identity is a digest of its name, its part of the config and the identities of its inputs. It knows nothing
+of the place, so a work folder can be moved.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import fcntl
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from kwaicoder_jax import files
+from kwaicoder_jax.errors import UserError
+
+from experiments.display import Display
+from experiments.stopping import Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of the recipe.
+
+    Attributes:
+      name: of the command, the config section and the folder.
+      run: does the work and returns the summary.
+      sections: config sections beside its own that change its result.
+      inputs: names or paths of the stage folders that it reads, given the config.
+    """
+
+    name: str
+    run: Callable[["Context"], dict[str, Any]]
+    sections: tuple[str, ...] = ()
+    inputs: Callable[["Context"], Mapping[str, str]] = lambda context: {}
+
+
+@dataclasses.dataclass
+class Context:
+    """What a stage's `run` is handed.
+
+    Attributes:
+      stage: the stage.
+      config: the whole recipe as plain dicts.
+      workdir: the work folder.
+      display: for progress.
+      stop: whether the process was asked to stop.
+      inputs: by role (as in "init_from"), the folder of each input.
+      identity: of this run; goes into its checkpoints.
+    """
+
+    stage: Stage
+    config: dict[str, Any]
+    workdir: Any
+    display: Display
+    stop: Stop
+    inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    identity: str = ""
+
+    @property
+    def folder(self) -> Any:
+        """The stage folder."""
+        return self.workdir / self.stage.name
+
+    @property
+    def section(self) -> dict[str, Any]:
+        """The stage's own config section."""
+        return self.config[self.stage.name]
+
+    @property
+    def seed(self) -> int:
+        """The stage's seed, or the recipe's."""
+        return self.section.get("seed", self.config.get("seed", 0))
+
+
+def previous_checkpoint(context: Context) -> str:
+    """What the stage starts from: `STAGE.init_from`, or the stage before it in the recipe that leaves a checkpoint."""
+    named = context.section.get("init_from")
+    if named:
+        return named
+    stages = list(context.config["stages"])
+    name = context.stage.name
+    before = stages[: stages.index(name)] if name in stages else stages
+    for candidate in reversed(before):
+        if candidate in ("pretrain", "prune", "distill", "upcycle", "cpt"):
+            return candidate
+    raise UserError(
+        "no stage before it leaves a checkpoint", where=f"{name}.init_from", remedy="name a stage or a folder"
+    )
+
+
+def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
+    """Runs the stage unless it is finished; returns its summary."""
+    stage, folder = context.stage, context.folder
+    if stage.name not in context.config:
+        raise UserError(f"the config has no section {stage.name}", where="--config", remedy="add the section")
+    context.display.stage(stage.name)
+    if restart and folder.exists():
+        _remove(folder)
+    record = _record(context)
+    context.identity = record["identity"]
+    _compare(context, record)
+    summary_file = folder / "summary.json"
+    if summary_file.exists():
+        summary = files.read_json(summary_file)
+        context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
+        return summary
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_process(folder):
+        files.write_json(folder / "stage.json", record)
+        started, began = datetime.datetime.now(datetime.UTC), time.monotonic()
+        _reset_peak()
+        summary = stage.run(context)
+        summary |= {
+            "stage": stage.name,
+            "config_hash": files.digest(record["config"]),
+            "git_commit": _git_commit(),
+            "started_at": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        files.write_json(summary_file, summary)
+    context.display.line(f"done in {summary['seconds']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB at most")
+    return summary
+
+
+def _record(context: Context) -> dict[str, Any]:
+    """The stage's part of the config, and the identity of each input."""
+    stage = context.stage
+    config = {name: context.config[name] for name in (stage.name, *stage.sections) if name in context.config}
+    config["seed"] = context.config.get("seed", 0)
+    identities = {}
+    for role, name in stage.inputs(context).items():
+        context.inputs[role], identities[role] = _input(context, role, name)
+    config = _plain(config)
+    identity = files.digest({"stage": stage.name, "config": config, "inputs": identities})
+    return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity}
+
+
+def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
+    """The folder and the identity of one input: a stage of this work folder, or any checkpoint elsewhere."""
+    own = context.workdir / name
+    where = f"{context.stage.name}.{role}"
+    if "/" not in name and name in (*context.config["stages"], "prepare_data"):
+        if not (own / "stage.json").exists() or not (own / "summary.json").exists():
+            raise UserError(f"{name} is not finished in {context.workdir}", where=where, remedy=f"run {name} first")
+        return own, files.read_json(own / "stage.json")["identity"]
+    from kwaicoder_jax import checkpoints  # here, since it imports jax, and finished stages should answer at once
+
+    try:
+        return files.path(name), checkpoints.read_meta(name)["identity"]
+    except UserError as error:
+        raise UserError(error.what, where=where, remedy=error.remedy) from error
+
+
+def _compare(context: Context, record: dict[str, Any]) -> None:
+    """Refuses to go on with files that were made from another config or another input; names the field."""
+    file = context.folder / "stage.json"
+    if not file.exists():
+        return
+    old, name = files.read_json(file), context.stage.name
+    state = "finished" if (context.folder / "summary.json").exists() else "begun"
+    remedy = f"undo the change, use another --workdir, or start the stage over with --restart ({name} was {state})"
+    before, after = _flatten(old["config"]), _flatten(record["config"])
+    for field in sorted({**before, **after}):
+        if before.get(field) != after.get(field):
+            change = f"was {before.get(field, 'absent')!r}, is now {after.get(field, 'absent')!r}"
+            raise UserError(change, where=field, remedy=remedy)
+    for role in sorted({**old["inputs"], **record["inputs"]}):
+        if old["inputs"].get(role) != record["inputs"].get(role):
+            raise UserError("its input is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {k: v for key, each in value.items() for k, v in _flatten(each, f"{name}.{key}" if name else key).items()}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON would give it back: tuples become lists, enums their values."""
+    if isinstance(value, dict):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _remove(folder: Any) -> None:
+    """Moves the folder aside before deleting it, so that a kill leaves nothing that looks like a stage."""
+    aside = folder.parent / f".{folder.name}.removed.{os.getpid()}"
+    folder.rename(aside)
+    aside.rmtree()
+
+
+@contextlib.contextmanager
+def _only_process(folder: Any) -> Iterator[None]:
+    """Holds a lock on the stage folder, where the file system has locks (an object store has none)."""
+    if not os.path.isdir(folder):
+        yield
+        return
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError("another process is running this stage", where=str(folder)) from None
+        yield
+
+
+def _git_commit() -> str:
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        command = ["git", "-C", here, "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def _reset_peak() -> None:
+    """Starts the kernel's high-water mark of resident memory anew, so that each stage reports its own."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since the stage began, in bytes."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

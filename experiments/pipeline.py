@@ -1,0 +1,44 @@
+"""Runs the stages that a config lists, in order; what is finished is kept, what was interrupted goes on.
+
+python -m experiments.pipeline --config=configs/demo.py --workdir=runs/demo
+"""
+
+import importlib
+
+from absl import flags
+from kwaicoder_jax.errors import UserError
+
+from experiments import command
+from experiments.contract import Stage
+from experiments.contract import run as run_stage
+from experiments.display import Display
+from experiments.stopping import Stop
+
+STAGES = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
+
+
+def main() -> None:
+    """The body of the command."""
+    holder = command.define_flags()
+    flags.DEFINE_string("restart_from", None, "Start this stage and all that follow it over.")
+
+    def work(stop: Stop, display: Display) -> None:
+        config = holder.value
+        stages = command.context_of(Stage("pipeline", lambda context: {}), config, stop, display).config["stages"]
+        unknown = [name for name in stages if name not in STAGES]
+        if unknown:
+            raise UserError(f"no stage {unknown[0]!r}", where="stages", remedy=f"choose from {', '.join(STAGES)}")
+        again = flags.FLAGS.restart_from
+        if again is not None and again not in stages:
+            raise UserError(f"no stage {again!r} in this recipe", where="--restart_from")
+        restart = flags.FLAGS.restart
+        for name in stages:
+            stage = importlib.import_module(f"experiments.{name}").STAGE
+            restart = restart or name == again
+            run_stage(command.context_of(stage, config, stop, display), restart=restart)
+
+    command.execute(work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Builds the corpus: reads the sources, removes duplicates, splits, trains the tokenizer, writes shards.
+
+python -m experiments.prepare_data --config=configs/demo.py --workdir=runs/demo
+"""
+
+from typing import Any
+
+from kwaicoder_jax import data
+
+from experiments.command import main
+from experiments.contract import Context, Stage
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Writes prepare_data/corpus."""
+    section = {key: value for key, value in context.section.items() if key != "sources"}
+    target = context.folder / "corpus"
+    if target.exists():  # whole, since it appears by a rename; a kill came between it and the summary
+        manifest = data.Corpus.open(target).manifest
+    else:
+        manifest = _prepare(context, target, section)
+    keys = ("documents_in", "documents_train", "documents_valid", "tokens_train", "tokens_valid", "vocab_size")
+    for name, source in sorted(manifest["sources"].items()):
+        context.display.line(f"{name}: {source['tokens_train']} tokens in {source['documents_train']} documents")
+    return {key: manifest[key] for key in keys}
+
+
+def _prepare(context: Context, target: Any, section: dict[str, Any]) -> dict[str, Any]:
+    def progress(task: str, done: int, total: int | None) -> None:
+        if total and done == total:
+            context.display.line(f"{task}: {done}")
+
+    section.pop("seed", None)
+    return data.prepare(context.section["sources"], target, seed=context.seed, progress=progress, **section)
+
+
+STAGE = Stage("prepare_data", run)
+
+if __name__ == "__main__":
+    main(STAGE)

@@ -1,0 +1,49 @@
+"""Trains a dense teacher from random parameters.
+
+python -m experiments.pretrain --config=configs/demo.py --workdir=runs/demo
+"""
+
+import functools
+from typing import Any
+
+import jax
+from kwaicoder_jax import models, training
+
+from experiments.command import main
+from experiments.contract import Context, Stage
+from experiments.training_stage import Run, corpus_of, mesh_of, runtime_of, train
+
+
+def run(context: Context) -> dict[str, Any]:
+    """Writes pretrain/checkpoints."""
+    mesh, corpus = mesh_of(context), corpus_of(context)
+    sizes = {"vocab_size": corpus.tokenizer.vocab_size, **context.config["model"]}
+    config = models.ModelConfig.from_dict(sizes)
+    initial = jax.jit(functools.partial(models.init, config), out_shardings=training.param_shardings(config, mesh))
+    settings = {"runtime": runtime_of(context), "balance": training.BalanceConfig()}
+
+    def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
+        del frozen
+        return training.language_model_loss(trainable["model"], config, batch, **settings)
+
+    return train(
+        context,
+        Run(
+            folder=context.folder,
+            model=config,
+            abstract={"model": training.abstract_params(config, mesh)},
+            load=lambda: {"model": initial(jax.random.key(context.seed))},
+            loss=loss,
+            frozen={},
+            flops_per_token=functools.partial(models.train_flops_per_token, config),
+            lineage=[{"stage": "pretrain", "identity": context.identity}],
+        ),
+        corpus,
+        mesh,
+    )
+
+
+STAGE = Stage("pretrain", run, ("model", "loader", "validation"), lambda context: {"corpus": "prepare_data"})
+
+if __name__ == "__main__":
+    main(STAGE)

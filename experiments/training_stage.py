@@ -1,0 +1,214 @@
+"""What pretrain, distill and cpt share: from a config section to a train loop and its summary."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from kwaicoder_jax import checkpoints, data, models, training
+from kwaicoder_jax.errors import UserError
+
+from experiments.contract import Context
+from experiments.stopping import Stopped
+
+
+def build(cls: type, values: dict[str, Any], where: str) -> Any:
+    """A dataclass from a config section; an unknown field is a UserError that names it."""
+    known = {field.name for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            raise UserError("no such field", where=f"{where}.{name}", remedy=f"the fields are {sorted(known)}")
+    return cls(**values)
+
+
+def mesh_of(context: Context) -> Any:
+    """The device mesh of the recipe."""
+    return training.make_mesh(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"))
+
+
+def runtime_of(context: Context) -> models.Runtime:
+    """How the recipe computes its models."""
+    return build(models.Runtime, context.config.get("runtime", {}), "runtime")
+
+
+def corpus_of(context: Context) -> data.Corpus:
+    """The corpus that prepare_data left in this work folder."""
+    return data.Corpus.open(context.inputs["corpus"] / "corpus")
+
+
+def validation_of(context: Context, corpus: data.Corpus) -> dict[str, list[data.Batch]]:
+    """The fixed validation batches of the recipe, by source."""
+    return data.validation_batches(corpus, **context.config["validation"])
+
+
+def read_model(context: Context, role: str, mesh: Any) -> tuple[Any, models.ModelConfig, dict[str, Any]]:
+    """The parameters on the mesh, config and description of an input's newest checkpoint."""
+    place = context.inputs[role]
+    meta = checkpoints.read_meta(place)
+    config = models.ModelConfig.from_dict(meta["model"])
+    return checkpoints.read_params(place, training.abstract_params(config, mesh)), config, meta
+
+
+def check_tokenizer(context: Context, role: str, meta: dict[str, Any], corpus: data.Corpus) -> None:
+    """Refuses a checkpoint that was trained with another tokenizer."""
+    if meta["tokenizer"] != corpus.tokenizer.hash:
+        raise UserError(
+            "its tokenizer is not the corpus's", where=f"{context.stage.name}.{role}", remedy="train on its own corpus"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """A section's phases, as the loader and the schedule see them."""
+
+    data: list[data.PhaseSpec]
+    rates: list[training.PhaseRate]
+
+    def phase_of(self, step: int) -> int:
+        """The number of the phase that the step (from 0) belongs to, from 1."""
+        borders = np.cumsum([phase.steps for phase in self.data])
+        return int(np.searchsorted(borders, step, side="right")) + 1
+
+
+def phases_of(section: dict[str, Any], where: str) -> Phases:
+    """Cuts `steps` into phases by their shares; borders are rounded to whole steps, each phase has at least one."""
+    specs = dict(sorted(section["phases"].items()))
+    shares = np.array([spec["share"] for spec in specs.values()], float)
+    if not len(shares) or shares.min() <= 0 or section["steps"] < len(shares):
+        raise UserError(
+            f"{section['steps']} steps in phases of shares {shares.tolist()}", where=f"{where}.phases",
+            remedy="give positive shares and at least one step a phase",
+        )  # fmt: skip
+    borders = np.round(np.cumsum(shares) / shares.sum() * section["steps"]).astype(int)
+    steps = np.diff(np.concatenate([[0], borders]))
+    if steps.min() < 1:
+        raise UserError(f"a phase has no step of {section['steps']}", where=f"{where}.steps", remedy="use more steps")
+    inputs, rates, last = [], [], 0.0
+    for count, (name, spec) in zip(steps, specs.items()):
+        fim = build(data.FimOptions, spec["fim"], f"{where}.phases.{name}.fim")
+        shape = {key: spec[key] for key in ("batch_size", "sequence_length", "mixture")}
+        inputs.append(data.PhaseSpec(steps=int(count), fim=fim, **shape))
+        rate = dict(spec["rate"])
+        warmup = round(rate.pop("warmup_share", 0.0) * count)
+        rates.append(
+            build(training.PhaseRate, {"steps": int(count), "warmup": warmup, "start": last, **rate}, f"{where}.rate")
+        )
+        last = rates[-1].peak if rates[-1].law == "constant" else rates[-1].end
+    return Phases(inputs, rates)
+
+
+@dataclasses.dataclass
+class Run:
+    """One training run of a stage.
+
+    Attributes:
+      folder: where its checkpoints and metrics go.
+      model: config of the trained model.
+      abstract: the trainable tree as ShapeDtypeStructs.
+      load: makes the trainable tree of a fresh start.
+      loss: see `training.step.LossFunction`.
+      frozen: what the loss sees but does not train.
+      flops_per_token: of one training token, by sequence length.
+      lineage: of the checkpoints it writes.
+    """
+
+    folder: Any
+    model: models.ModelConfig
+    abstract: Any
+    load: Callable[[], Any]
+    loss: Callable[..., Any]
+    frozen: Any
+    flops_per_token: Callable[[int], float]
+    lineage: list[dict[str, Any]]
+
+
+def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str = "") -> dict[str, Any]:
+    """Trains to the end, from the run's own last checkpoint if there is one; returns the contract's summary keys."""
+    section, name = context.section, context.stage.name
+    phases = phases_of(section, name)
+    rate = training.join(phases.rates)
+    optimizer = training.make_optimizer(
+        build(training.OptimizerConfig, section["optimizer"], f"{name}.optimizer"), rate, run.model
+    )
+    shardings = training.state_shardings(run.abstract, optimizer, run.model, mesh)
+    make_state = functools.partial(training.make_state, optimizer=optimizer)
+    initial = jax.jit(make_state, out_shardings=shardings)
+    streams = context.config["loader"]["streams"]
+    loader = data.TrainingLoader(corpus, phases.data, seed=context.seed, streams=streams,
+                                 process_index=jax.process_index(), process_count=jax.process_count())  # fmt: skip
+    intervals = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
+    store = checkpoints.CheckpointStore(run.folder / "checkpoints")
+    with context.stop.deferred(), context.display.progress(section["steps"], "steps") as update:
+        note = _Note(label)
+        loop = training.Loop(
+            config=training.LoopConfig(**intervals),
+            step=training.make_step(run.loss, optimizer, rate, shardings),
+            initial_state=lambda: initial(run.load()),
+            abstract=training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
+            frozen=run.frozen,
+            loader=data.prefetch(loader),
+            held_out=training.HeldOutLoss(run.model, validation_of(context, corpus), mesh, runtime_of(context)),
+            store=store,
+            folder=run.folder,
+            mesh=mesh,
+            meta={
+                "model": run.model.to_dict(),
+                "tokenizer": corpus.tokenizer.hash,
+                "lineage": run.lineage,
+                "identity": context.identity,
+            },
+            flops_per_token=run.flops_per_token,
+            phase_of=phases.phase_of,
+            stop_requested=lambda: context.stop.requested,
+            on_record=note.record,
+            on_step=lambda step: update(step, note.text),
+        )
+        try:
+            loop.run()
+        except training.Preempted:
+            raise Stopped from None
+        finally:
+            store.close()
+    return summarise(run.folder)
+
+
+class _Note:
+    """The text beside the progress bar: the newest losses."""
+
+    def __init__(self, label: str):
+        self.text, self._label, self._parts = label, label, {}
+
+    def record(self, record: dict[str, Any]) -> None:
+        for key, short in (("loss", "loss"), ("valid_loss", "valid"), ("tokens_per_second", "tokens/s")):
+            if key in record:
+                self._parts[short] = f"{short} {record[key]:.0f}" if "/s" in short else f"{short} {record[key]:.3f}"
+        self.text = " ".join(filter(None, [self._label, ", ".join(self._parts.values())]))
+
+
+def summarise(folder: Any) -> dict[str, Any]:
+    """The summary of a finished run, from its metrics alone, so that it does not depend on interruptions."""
+    records = training.read_metrics(folder / "metrics.jsonl")
+    valid = [record for record in records if "valid_loss" in record]
+    last = [record for record in records if "loss" in record][-1]
+    store = checkpoints.CheckpointStore(folder / "checkpoints")
+    step = store.latest_step()
+    assert step is not None
+    progress = store.meta(step)["progress"]
+    store.close()
+    summary = {
+        "valid_loss_start": valid[0]["valid_loss"],
+        "valid_loss_end": valid[-1]["valid_loss"],
+        "train_loss_end": last["loss"],
+        "tokens": progress["tokens"],
+        "steps": progress["step"],
+        "train_flops": progress["train_flops"],
+    }
+    return summary | {f"valid_loss_end_{source}": x for source, x in valid[-1]["valid_loss_by_source"].items()}
+
+
+def abstract_tree(tree: Any, mesh: Any) -> Any:
+    """Arrays as ShapeDtypeStructs that lie on every device."""
+    everywhere = training.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), tree)

@@ -1,0 +1,96 @@
+"""Grouped matmul: out[rows of group g] = lhs[rows of group g] @ rhs[g], for group sizes known only at run time.
+
+Dimension letters: M rows, G groups, K contracted width, N output width.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels.grouped_matmul import cpu, ragged_dot, reference
+
+
+class Backend(enum.StrEnum):
+    """Which implementation computes the three products (forward, dlhs, drhs)."""
+
+    AUTO = "auto"  # the best one for the platform that the computation is compiled for
+    CPU = "cpu"  # loops over row tiles; compiles everywhere, fast on CPU
+    REFERENCE = "reference"  # one-hot masks, float32: G times the work
+    RAGGED_DOT = "ragged_dot"  # jax.lax.ragged_dot; on CPU and in drhs also G times the work
+
+
+def grouped_matmul(
+    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *, backend: Backend | str = Backend.AUTO
+) -> jax.Array:
+    """Multiplies each group's consecutive rows by that group's matrix; differentiable in `lhs_MK` and `rhs_GKN`.
+
+    Rows at or beyond sum(group_sizes) belong to no group: their outputs and the gradients of their inputs are zero, and
+    what they hold (NaN too) reaches nothing. A group without rows gets a zero gradient.
+
+    Args:
+      lhs_MK: rows, sorted by group.
+      rhs_GKN: one matrix per group, of the same dtype.
+      group_sizes_G: int32, non-negative, summing to at most M.
+      backend: a Backend or its value.
+
+    Returns:
+      [M, N] in the dtype of `lhs_MK`, accumulated in float32.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit together, or an unknown backend.
+    """
+    if lhs_MK.ndim != 2 or rhs_GKN.ndim != 3 or group_sizes_G.ndim != 1:
+        shapes = f"{lhs_MK.shape}, {rhs_GKN.shape}, {group_sizes_G.shape}"
+        raise ValueError(f"need lhs [M, K], rhs [G, K, N], sizes [G]; got {shapes}")
+    if lhs_MK.shape[1] != rhs_GKN.shape[1] or rhs_GKN.shape[0] != group_sizes_G.shape[0]:
+        raise ValueError(f"lhs {lhs_MK.shape}, rhs {rhs_GKN.shape} and sizes {group_sizes_G.shape} do not fit together")
+    if lhs_MK.dtype != rhs_GKN.dtype or not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
+        raise ValueError(f"dtypes {lhs_MK.dtype}, {rhs_GKN.dtype}, {group_sizes_G.dtype}: need two equal and integers")
+    return _grouped_matmul(Backend(backend), lhs_MK, rhs_GKN, group_sizes_G.astype(jnp.int32))
+
+
+def product(backend: Backend, lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    """The forward product, and dlhs with `rhs` transposed; not differentiable."""
+    if backend is Backend.AUTO:
+        return jax.lax.platform_dependent(
+            lhs_MK, rhs_GKN, group_sizes_G, cpu=cpu.product, default=ragged_dot.product
+        )  # fmt: skip
+    return _BACKENDS[backend].product(lhs_MK, rhs_GKN, group_sizes_G)
+
+
+def outer(backend: Backend, lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    """The product drhs[g] = lhs[rows of g]^T @ dout[rows of g]: [G, K, N]; not differentiable."""
+    if backend is Backend.AUTO:
+        return jax.lax.platform_dependent(lhs_MK, dout_MN, group_sizes_G, cpu=cpu.outer, default=ragged_dot.outer)
+    return _BACKENDS[backend].outer(lhs_MK, dout_MN, group_sizes_G)
+
+
+_BACKENDS = {Backend.CPU: cpu, Backend.REFERENCE: reference, Backend.RAGGED_DOT: ragged_dot}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _grouped_matmul(backend: Backend, lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+    return product(backend, lhs_MK, rhs_GKN, group_sizes_G)
+
+
+_Residuals = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _forward(
+    backend: Backend, lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array
+) -> tuple[jax.Array, _Residuals]:
+    return product(backend, lhs_MK, rhs_GKN, group_sizes_G), (lhs_MK, rhs_GKN, group_sizes_G)
+
+
+def _backward(backend: Backend, residuals: _Residuals, dout_MN: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    lhs_MK, rhs_GKN, group_sizes_G = residuals
+    dlhs_MK = product(backend, dout_MN, rhs_GKN.swapaxes(1, 2), group_sizes_G)
+    drhs_GKN = outer(backend, lhs_MK, dout_MN, group_sizes_G)
+    return dlhs_MK, drhs_GKN, None
+
+
+_grouped_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,101 @@
+"""The whole expert MLP of a mixture layer as one differentiable function: gather, three products, weighted sum.
+
+y[m] = sum over x of weight[m, x] * down_e(activation(x[m] gate_e) * (x[m] up_e)),  e = expert of (m, x)
+
+Its gradient saves the two projections only, not the gathered rows, the activations or the expert outputs: the gradient
+of a combine weight is <dy, down(h)> = <dy down^T, h>, which the backward pass has at hand (ScatterMoE, Tan et al. 2024;
+SonicMoE, Guo et al. 2025).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kernels.grouped_matmul import composed_mlp, cpu_mlp
+from kernels.grouped_matmul.api import Backend
+from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved
+from kernels.routing import Routing
+
+
+def expert_mlp(
+    x_MD: jax.Array,
+    weight_MX: jax.Array,
+    routing: Routing,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    activation: Activation = jax.nn.silu,
+    backend: Backend | str = Backend.AUTO,
+) -> jax.Array:
+    """Applies each token's experts and adds their outputs; differentiable in everything but `routing`.
+
+    Args:
+      x_MD: tokens, in token order.
+      weight_MX: combine weights, float32.
+      routing: from `sort_by_expert`; pairs that are in no group contribute zero.
+      gate_EDF: gate projections, in the dtype of `x_MD`.
+      up_EDF: up projections.
+      down_EFD: down projections.
+      activation: elementwise function of the gate projection; a module-level function, so that it hashes equal.
+      backend: a Backend or its value.
+
+    Returns:
+      [M, D] in the dtype of `x_MD`; sums in float32.
+
+    Raises:
+      ValueError: shapes that do not fit together.
+    """
+    experts, width, neurons = gate_EDF.shape
+    shapes = (x_MD.shape[1:], up_EDF.shape, down_EFD.shape, routing.group_sizes_E.shape, routing.row_MX.shape)
+    wanted = ((width,), gate_EDF.shape, (experts, neurons, width), (experts,), (x_MD.shape[0], weight_MX.shape[1]))
+    if shapes != wanted:
+        raise ValueError(f"shapes of x, up, down, group sizes and routing are {shapes}, gate and weights need {wanted}")
+    arguments = Arguments(x_MD, weight_MX.astype(jnp.float32), gate_EDF, up_EDF, down_EFD)
+    return _expert_mlp(Backend(backend), activation, arguments, routing)
+
+
+def _dispatch(
+    backend: Backend, on_cpu: Callable[..., object], otherwise: Callable[..., object], *operands: object
+) -> object:
+    if backend is Backend.AUTO:
+        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=otherwise)
+    return (on_cpu if backend is Backend.CPU else otherwise)(*operands)
+
+
+def _compute(
+    backend: Backend, activation: Activation, arguments: Arguments, routing: Routing
+) -> tuple[jax.Array, Saved]:
+    on_cpu = functools.partial(cpu_mlp.forward, activation)
+    otherwise = functools.partial(composed_mlp.forward, backend, activation)
+    return _dispatch(backend, on_cpu, otherwise, arguments, routing)  # type: ignore[return-value]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _expert_mlp(backend: Backend, activation: Activation, arguments: Arguments, routing: Routing) -> jax.Array:
+    return _compute(backend, activation, arguments, routing)[0]
+
+
+_Residuals = tuple[Arguments, Routing, Saved]
+
+
+def _forward(
+    backend: Backend, activation: Activation, arguments: Arguments, routing: Routing
+) -> tuple[jax.Array, _Residuals]:
+    y_MD, saved = _compute(backend, activation, arguments, routing)
+    return y_MD, (arguments, routing, saved)
+
+
+def _backward(
+    backend: Backend, activation: Activation, residuals: _Residuals, dy_MD: jax.Array
+) -> tuple[Gradients, None]:
+    on_cpu = functools.partial(cpu_mlp.backward, activation)
+    otherwise = functools.partial(composed_mlp.backward, backend, activation)
+    return _dispatch(backend, on_cpu, otherwise, *residuals, dy_MD), None  # type: ignore[return-value]
+
+
+_expert_mlp.defvjp(_forward, _backward)

@@ -1,0 +1,36 @@
+"""What the implementations of the expert MLP exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+class Arguments(NamedTuple):
+    """What the expert MLP is differentiable in; its gradients have the same form."""
+
+    x_MD: jax.Array
+    weight_MX: jax.Array
+    gate_EDF: jax.Array
+    up_EDF: jax.Array
+    down_EFD: jax.Array
+
+
+Gradients = Arguments
+
+
+class Saved(NamedTuple):
+    """What the forward pass keeps: both projections, rows in expert order."""
+
+    gate_RF: jax.Array
+    up_RF: jax.Array
+
+
+def gated(activation: Activation, gate_RF: jax.Array, up_RF: jax.Array) -> jax.Array:
+    """activation(gate) * up in float32: what enters the down projection."""
+    return activation(gate_RF.astype(jnp.float32)) * up_RF.astype(jnp.float32)

@@ -1,0 +1,109 @@
+"""Checkpoints of one stage: Orbax steps, each with parameters, training state, and a JSON description.
+
+    FOLDER/checkpoints/STEP/params   the model's parameters, what every other stage reads
+    FOLDER/checkpoints/STEP/train    optimizer state and whatever else training needs to go on (absent for transforms)
+    FOLDER/checkpoints/STEP/meta     JSON: model config, tokenizer hash, data position, lineage, identity
+
+A step that was cut off by a crash is not listed: Orbax marks a step complete as its last act.
+"""
+
+import logging
+import os
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from kwaicoder_jax.errors import UserError
+
+Tree = Any
+META_FIELDS = ("model", "lineage", "identity")
+
+
+class CheckpointStore:
+    """Saves and restores the checkpoints in one folder; keeps the newest `keep`."""
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save at INFO and warns about local disks
+        self.folder = epath.Path(folder)
+        # Synchronous: on CPU, an array that is being written may share its buffer with one that the next step donates.
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, params: Tree, meta: dict[str, Any], train: Tree | None = None) -> None:
+        """Writes one step; it becomes visible whole or not at all. Saving a step again does nothing."""
+        if step in self._manager.all_steps():
+            return
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
+        if train is not None:
+            items["train"] = ocp.args.StandardSave(train)
+        self._manager.save(step, args=ocp.args.Composite(**items))
+        self._manager.wait_until_finished()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The JSON description of one step."""
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def restore(self, step: int, item: str, abstract: Tree) -> Tree:
+        """Reads "params" or "train" of one step into the shapes, dtypes and shardings of `abstract`."""
+        arguments = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+        return self._manager.restore(step, args=arguments)[item]
+
+    def close(self) -> None:
+        """Releases the manager's threads."""
+        self._manager.close()
+
+
+def find(place: str | os.PathLike[str]) -> epath.Path:
+    """The folder with Orbax steps for a stage folder or for that folder itself; UserError if there is none."""
+    place = epath.Path(place)
+    for candidate in (place / "checkpoints", place):
+        if candidate.is_dir() and any((step / "meta").is_dir() for step in candidate.iterdir() if step.name.isdigit()):
+            return candidate
+    state = "holds no checkpoint" if place.exists() else "does not exist"
+    raise UserError(f"{place} {state}", remedy="name a stage folder that has checkpoints/STEP inside")
+
+
+def read_meta(place: str | os.PathLike[str]) -> dict[str, Any]:
+    """The description of the newest complete checkpoint in a stage folder; UserError if it is not one of ours."""
+    store = CheckpointStore(find(place))
+    try:
+        step = store.latest_step()
+        meta = None if step is None else store.meta(step)
+    except (ValueError, FileNotFoundError, KeyError) as error:
+        raise UserError(f"{place} holds no readable checkpoint ({type(error).__name__})") from error
+    finally:
+        store.close()
+    missing = [field for field in META_FIELDS if field not in (meta or {})]
+    if meta is None or missing:
+        raise UserError(
+            f"{place} is not a checkpoint of this program (no {', '.join(missing)})",
+            remedy="name a stage folder, as in runs/demo/distill",
+        )
+    return meta
+
+
+def read_params(place: str | os.PathLike[str], abstract: Tree) -> Tree:
+    """The parameters of the newest complete checkpoint, in the shapes, dtypes and shardings of `abstract`."""
+    store = CheckpointStore(find(place))
+    try:
+        step = store.latest_step()
+        assert step is not None, place
+        return store.restore(step, "params", on_device(abstract))
+    except ValueError as error:
+        raise UserError(f"{place} does not fit its own model config: {str(error).splitlines()[0]}") from error
+    finally:
+        store.close()
+
+
+def on_device(abstract: Tree) -> Tree:
+    """`abstract` with every leaf that names no sharding placed on the first device."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or default), abstract
+    )

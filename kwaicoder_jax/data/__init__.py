@@ -1,0 +1,34 @@
+"""Data: sources of text, corpora on disk, tokenizer, fill-in-the-middle, packed and mixed batches.
+
+prepare({"code": {"kind": "standard_library", "max_bytes": 4_000_000}}, target)
+corpus = Corpus.open(target)
+loader = TrainingLoader(corpus, [PhaseSpec(100, 32, 512, {"code": 1.0})], seed=0, streams=8)
+"""
+
+from kwaicoder_jax.data.corpus import Corpus, Documents
+from kwaicoder_jax.data.fill_in_the_middle import FimOptions, infilling_prompt
+from kwaicoder_jax.data.loader import PhaseSpec, TrainingLoader, merge_states, prefetch
+from kwaicoder_jax.data.packing import Batch
+from kwaicoder_jax.data.prepare import KINDS, prepare
+from kwaicoder_jax.data.sources import Document, Source
+from kwaicoder_jax.data.tokenizer import SpecialTokens, Tokenizer
+from kwaicoder_jax.data.validation import validation_batches
+
+__all__ = [
+    "KINDS",
+    "Batch",
+    "Corpus",
+    "Document",
+    "Documents",
+    "FimOptions",
+    "PhaseSpec",
+    "Source",
+    "SpecialTokens",
+    "Tokenizer",
+    "TrainingLoader",
+    "infilling_prompt",
+    "merge_states",
+    "prefetch",
+    "prepare",
+    "validation_batches",
+]

@@ -1,0 +1,153 @@
+"""A byte-level BPE tokenizer: training it, and using one with the special tokens that this code base needs."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from etils import epath
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from kwaicoder_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialTokens:
+    """The spelling of the special tokens; other model families spell them differently."""
+
+    end_of_text: str = "<|endoftext|>"
+    pad: str = "<|pad|>"
+    fim_prefix: str = "<|fim_prefix|>"
+    fim_suffix: str = "<|fim_suffix|>"
+    fim_middle: str = "<|fim_middle|>"
+
+    def strings(self) -> tuple[str, ...]:
+        """Returns all of them; their place here is their token id in tokenizers trained by `train`."""
+        return dataclasses.astuple(self)
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """The alphabet of byte-level BPE (GPT-2): printable bytes stand for themselves, the others for 256 and up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class Tokenizer:
+    """Text to token ids and back; user text never becomes a special token. Immutable and picklable.
+
+    Attributes:
+      specials: the spelling of the special tokens.
+      hash: hex SHA-256 of the serialised tokenizer.
+      vocab_size: ids are below this number.
+    """
+
+    def __init__(self, serialized: str, specials: SpecialTokens | None = None):
+        """Makes a tokenizer from the contents of a tokenizer.json (ValueError when it is none)."""
+        self._serialized = serialized
+        try:
+            self._backend = Backend.from_str(serialized)
+        except Exception as error:  # the binding raises bare Exception
+            raise ValueError(f"not a tokenizer: {error}") from error
+        # Special strings in a text are encoded as the ordinary characters they are. Not part of the serialised form.
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.specials = specials or SpecialTokens()
+        self.hash = hashlib.sha256(serialized.encode()).hexdigest()
+        self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], specials: SpecialTokens | None = None) -> "Tokenizer":
+        """Reads a tokenizer.json; UserError when it is missing or is none."""
+        try:
+            return cls(epath.Path(path).read_text(), specials)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot be read as a tokenizer ({error})", where=str(path)) from error
+
+    def __reduce__(self) -> tuple[type["Tokenizer"], tuple[str, SpecialTokens]]:
+        return Tokenizer, (self._serialized, self.specials)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and (self.hash, self.specials) == (other.hash, other.specials)
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    def serialized(self) -> str:
+        """Returns the contents of the tokenizer.json."""
+        return self._serialized
+
+    def _special(self, field: str) -> int:
+        token = getattr(self.specials, field)
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise UserError(f"the tokenizer has no token {token!r}", remedy=f"name its own in SpecialTokens.{field}")
+        return found
+
+    end_of_text = functools.cached_property(lambda self: self._special("end_of_text"))
+    pad = functools.cached_property(lambda self: self._special("pad"))
+    fim_prefix = functools.cached_property(lambda self: self._special("fim_prefix"))
+    fim_suffix = functools.cached_property(lambda self: self._special("fim_suffix"))
+    fim_middle = functools.cached_property(lambda self: self._special("fim_middle"))
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of `text`, without any special token."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of each text; several texts at once use several cores."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Returns the ids of `text` and the characters start:stop that each token touches, if only with a byte."""
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Returns the bytes that a token of a byte-level vocabulary stands for; a special token gives its spelling."""
+        piece = self._backend.id_to_token(int(token))
+        if piece is None:
+            raise ValueError(f"token {token} is outside the vocabulary of {self.vocab_size}")
+        if int(token) in self._backend.get_added_tokens_decoder():
+            return piece.encode()
+        table = _byte_of_character()
+        return bytes(table[character] for character in piece)
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer; the same texts give the same tokenizer, to the byte.
+
+    Digits are tokens of their own (as in SmolLM2 and StarCoder2), which makes arithmetic learnable by small models.
+    The special tokens come first: `<|endoftext|>` is id 0. A corpus that is too small gives fewer tokens than asked.
+    """
+    specials = SpecialTokens().strings()
+    smallest = 256 + len(specials)
+    if vocab_size < smallest:
+        raise UserError(
+            f"{vocab_size} is too small", where="data.vocab_size", remedy=f"bytes and specials need {smallest}"
+        )
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(specials),
+        initial_alphabet=sorted(_byte_of_character()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_iterate(texts), trainer)
+    return Tokenizer(backend.to_str(pretty=True))
+
+
+def _iterate(texts: Iterable[str]) -> Iterator[str]:
+    yield from texts

@@ -1,0 +1,53 @@
+"""Flax Linen models, dense and mixture, from one frozen config; logical axes are declared with each parameter."""
+
+from kwaicoder_jax.models.attention import Cache
+from kwaicoder_jax.models.config import ExpertsConfig, ModelConfig, Router, Runtime
+from kwaicoder_jax.models.flops import forward_flops_per_token, train_flops_per_token
+from kwaicoder_jax.models.moe import RouterStatistics, choose_experts
+from kwaicoder_jax.models.parameters import (
+    Declaration,
+    Params,
+    abstract,
+    check,
+    count,
+    count_active,
+    declarations,
+    empty_cache,
+    flatten,
+    forward,
+    init,
+    unflatten,
+)
+from kwaicoder_jax.models.statistics import sequence_statistics
+from kwaicoder_jax.models.transformer import Output, Transformer
+from kwaicoder_jax.models.vocabulary import cross_entropy, logits, projection
+
+__all__ = [
+    "Cache",
+    "Declaration",
+    "ExpertsConfig",
+    "ModelConfig",
+    "Output",
+    "Params",
+    "Router",
+    "RouterStatistics",
+    "Runtime",
+    "Transformer",
+    "abstract",
+    "check",
+    "choose_experts",
+    "count",
+    "count_active",
+    "cross_entropy",
+    "declarations",
+    "empty_cache",
+    "flatten",
+    "forward",
+    "forward_flops_per_token",
+    "init",
+    "logits",
+    "projection",
+    "sequence_statistics",
+    "train_flops_per_token",
+    "unflatten",
+]

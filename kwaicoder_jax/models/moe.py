@@ -1,0 +1,102 @@
+"""The mixture layer: a float32 router, exact top-k with lowest-index ties, dropless experts."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kernels import grouped_matmul, routing
+from kwaicoder_jax.models.config import ExpertsConfig, ModelConfig, Router, Runtime
+from kwaicoder_jax.models.layers import declare
+from kwaicoder_jax.models.statistics import record
+
+
+@flax.struct.dataclass
+class RouterStatistics:
+    """What the balance losses and the metrics need, over the unpadded tokens of the global batch.
+
+    Attributes:
+      load_E: share of the tokens that chose each expert; sums to X.
+      probability_E: mean routing probability of each expert; sums to 1. Differentiable.
+      z: mean squared logsumexp of the logits. Differentiable.
+      entropy: mean entropy of the routing probabilities, nats.
+      confidence: mean of the largest combine weight.
+    """
+
+    load_E: jax.Array
+    probability_E: jax.Array
+    z: jax.Array
+    entropy: jax.Array
+    confidence: jax.Array
+
+
+def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Selects X experts per token from float32 logits; among equal logits the lowest index wins.
+
+    Returns:
+      Combine weights [M, X] (float32), expert indices [M, X] (int32), routing probabilities over all experts [M, E].
+    """
+    if experts.router is Router.SIGMOID:
+        affinity_ME = jax.nn.sigmoid(logits_ME)
+        probability_ME = affinity_ME / jnp.sum(affinity_ME, axis=-1, keepdims=True)
+    else:
+        probability_ME = jax.nn.softmax(logits_ME, axis=-1)
+    top_MX, index_MX = jax.lax.top_k(logits_ME, experts.experts_per_token)
+    if experts.router is Router.TOPK_SOFTMAX:
+        weight_MX = jax.nn.softmax(top_MX, axis=-1)
+    elif experts.router is Router.SOFTMAX_TOPK:
+        weight_MX = jnp.take_along_axis(probability_ME, index_MX, axis=-1)
+    else:
+        chosen_MX = jax.nn.sigmoid(top_MX)
+        weight_MX = experts.routed_scale * chosen_MX / jnp.sum(chosen_MX, axis=-1, keepdims=True)
+    return weight_MX, index_MX, probability_ME
+
+
+def router_statistics(
+    logits_ME: jax.Array, weight_MX: jax.Array, index_MX: jax.Array, probability_ME: jax.Array, mask_M: jax.Array
+) -> RouterStatistics:
+    """Reduces one layer's routing over the tokens where `mask_M` is true."""
+    weight_M = mask_M.astype(jnp.float32) / jnp.maximum(jnp.sum(mask_M), 1).astype(jnp.float32)
+    chosen_ME = jnp.sum(jax.nn.one_hot(index_MX, logits_ME.shape[-1], dtype=jnp.float32), axis=1)
+    entropy_M = -jnp.sum(probability_ME * jnp.log(jnp.maximum(probability_ME, 1e-20)), axis=-1)
+    return RouterStatistics(
+        load_E=weight_M @ chosen_ME,
+        probability_E=weight_M @ probability_ME,
+        z=jnp.sum(weight_M * jnp.square(jax.nn.logsumexp(logits_ME, axis=-1))),
+        entropy=jnp.sum(weight_M * entropy_M),
+        confidence=jnp.sum(weight_M * jnp.max(weight_MX, axis=-1)),
+    )
+
+
+class MoE(nn.Module):
+    """y = sum over the X selected experts of weight * expert(x); each expert is a SwiGLU of `experts.mlp_dim` neurons."""
+
+    config: ModelConfig
+    runtime: Runtime
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, RouterStatistics]:
+        c, e = self.config, self.config.experts
+        assert e is not None
+        init = nn.initializers.normal(c.initializer_range)
+        out_init = nn.initializers.normal(c.initializer_range / (2 * c.layers) ** 0.5)
+        in_shape, in_axes = (e.num_experts, c.model_dim, e.mlp_dim), ("experts", "embed", "expert_mlp")
+        out_shape, out_axes = (e.num_experts, e.mlp_dim, c.model_dim), ("experts", "expert_mlp", "embed")
+        router_shape = (c.model_dim, e.num_experts)
+        router_DE = declare(self, "router", router_shape, ("embed", "experts"), init, c.param_dtype)
+        gate_EDF = declare(self, "gate", in_shape, in_axes, init, c.param_dtype).astype(c.dtype)
+        up_EDF = declare(self, "up", in_shape, in_axes, init, c.param_dtype).astype(c.dtype)
+        down_EFD = declare(self, "down", out_shape, out_axes, out_init, c.param_dtype).astype(c.dtype)
+
+        x_MD = x_BTD.reshape(-1, c.model_dim)
+        logits_ME = jnp.einsum(
+            "MD,DE->ME", x_MD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+        )
+        weight_MX, index_MX, probability_ME = choose_experts(logits_ME, e)
+        order = routing.sort_by_expert(index_MX, e.num_experts)
+        backend = self.runtime.experts
+        y_MD = grouped_matmul.expert_mlp(x_MD, weight_MX, order, gate_EDF, up_EDF, down_EFD, backend=backend)
+        mask_M = mask_BT.reshape(-1)
+        statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
+        record(self, "router", logits_ME.reshape(*mask_BT.shape, -1), mask_BT)
+        return y_MD.reshape(x_BTD.shape).astype(c.dtype), statistics

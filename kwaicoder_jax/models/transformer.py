@@ -1,0 +1,113 @@
+"""The decoder: embedding, a scan over identical layers, final norm. The vocabulary projection is `models.vocabulary`."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kwaicoder_jax.models.attention import Attention, Cache, Tokens
+from kwaicoder_jax.models.config import ModelConfig, Runtime
+from kwaicoder_jax.models.layers import DenseMLP, RMSNorm, declare
+from kwaicoder_jax.models.moe import MoE, RouterStatistics
+from kwaicoder_jax.models.statistics import COLLECTION, record
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass returns.
+
+    Attributes:
+      hidden_BTD: final-normed hidden states, the input of the vocabulary projection.
+      embedded_BTD: the embedding output.
+      layers_LBTD: the residual stream after each layer, if `collect_layers`; else None.
+      router: RouterStatistics with a leading layer axis for a mixture; else None.
+      cache: the updated cache, if one was given.
+      statistics: what the modules recorded, if asked for.
+    """
+
+    hidden_BTD: jax.Array
+    embedded_BTD: jax.Array
+    layers_LBTD: jax.Array | None
+    router: RouterStatistics | None
+    cache: Cache | None = None
+    statistics: Any = None
+
+
+class Layer(nn.Module):
+    """Pre-norm attention and MLP, dense or mixture, each added to the residual stream."""
+
+    config: ModelConfig
+    runtime: Runtime
+    collect_layers: bool
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, layer_cache: tuple[jax.Array, jax.Array] | None):
+        c = self.config
+        mask_BT = tokens.segments_BT > 0
+        normed_BTD = RMSNorm(c, name="attention_norm")(x_BTD, mask_BT)
+        mixed_BTD, layer_cache = Attention(c, self.runtime, name="attention")(normed_BTD, tokens, layer_cache)
+        h_BTD = x_BTD + mixed_BTD
+        normed_BTD = RMSNorm(c, name="mlp_norm")(h_BTD, mask_BT)
+        router = None
+        if c.experts is None:
+            y_BTD = h_BTD + DenseMLP(c, name="mlp")(normed_BTD, mask_BT)
+        else:
+            mixed_BTD, router = MoE(c, self.runtime, name="moe")(normed_BTD, mask_BT)
+            y_BTD = h_BTD + mixed_BTD
+        record(self, "influence", 1.0 - cosine(x_BTD, y_BTD)[:, :, None], mask_BT)
+        return y_BTD, ((y_BTD if self.collect_layers else None), router, layer_cache)
+
+
+def cosine(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
+    """Cosine similarity along the last axis, [B, T], float32."""
+    a, b = a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32)
+    return jnp.sum(a * b, -1) / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-20)
+
+
+class Transformer(nn.Module):
+    """The whole decoder; use it through `models.forward`."""
+
+    config: ModelConfig
+    runtime: Runtime = Runtime()
+    collect_layers: bool = False
+
+    @nn.compact
+    def __call__(
+        self, inputs_BT: jax.Array, positions_BT: jax.Array, segments_BT: jax.Array, cache: Cache | None = None
+    ) -> Output:
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        table_VD = declare(self, "embedding", (c.vocab_size, c.model_dim), ("vocab", "embed"), init, c.param_dtype)
+        if not c.tie_embeddings:  # declared here, used by models.vocabulary
+            declare(self, "head", (c.vocab_size, c.model_dim), ("vocab", "embed"), init, c.param_dtype)
+        x_BTD = jnp.take(table_VD, inputs_BT, axis=0).astype(c.dtype)
+        embedded_BTD = x_BTD
+
+        tokens, layer_caches = Tokens(positions_BT, segments_BT, positions_BT, segments_BT), None
+        if cache is not None:
+            start = (0, cache.index)
+            k_positions_BS = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, start)
+            k_segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, start)
+            tokens = Tokens(positions_BT, segments_BT, k_positions_BS, k_segments_BS, cache.index)
+            layer_caches = (cache.key_LBSKN, cache.value_LBSKN)
+
+        layer = Layer
+        if self.runtime.remat == "full":
+            layer = nn.remat(Layer, prevent_cse=False)
+        stack = nn.scan(
+            layer,
+            variable_axes={"params": 0, COLLECTION: 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=c.layers,
+            unroll=self.runtime.scan_unroll or c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, self.runtime, self.collect_layers, name="layers")
+        x_BTD, (layers_LBTD, router, layer_caches) = stack(x_BTD, tokens, layer_caches)
+        hidden_BTD = RMSNorm(c, name="final_norm")(x_BTD, segments_BT > 0)
+        if cache is not None:
+            advanced = cache.index + inputs_BT.shape[1]
+            cache = Cache(layer_caches[0], layer_caches[1], tokens.k_positions_BS, tokens.k_segments_BS, advanced)
+        return Output(hidden_BTD, embedded_BTD, layers_LBTD, router, cache)

@@ -1,0 +1,60 @@
+"""Mesh and sharding rules, optimizer, schedule, state, step, loop, metrics."""
+
+from kwaicoder_jax.training.loop import Loop, LoopConfig, Preempted, Progress
+from kwaicoder_jax.training.losses import (
+    BalanceConfig,
+    language_model_loss,
+    load_balance_loss,
+    router_metrics,
+    run_model,
+)
+from kwaicoder_jax.training.mesh import (
+    MeshConfig,
+    abstract_params,
+    batch_sharding,
+    make_mesh,
+    param_shardings,
+    partition,
+    replicated,
+    shard_batch,
+)
+from kwaicoder_jax.training.metrics import TIME_KEYS, MetricsLog, read_metrics
+from kwaicoder_jax.training.optimizer import OptimizerConfig, make_optimizer
+from kwaicoder_jax.training.schedule import Law, PhaseRate, join, phase_rate
+from kwaicoder_jax.training.state import TrainState, abstract_state, make_state, state_shardings
+from kwaicoder_jax.training.step import HeldOutLoss, make_step
+
+__all__ = [
+    "TIME_KEYS",
+    "BalanceConfig",
+    "HeldOutLoss",
+    "Law",
+    "Loop",
+    "LoopConfig",
+    "MeshConfig",
+    "MetricsLog",
+    "OptimizerConfig",
+    "PhaseRate",
+    "Preempted",
+    "Progress",
+    "TrainState",
+    "abstract_params",
+    "abstract_state",
+    "batch_sharding",
+    "join",
+    "language_model_loss",
+    "load_balance_loss",
+    "make_mesh",
+    "make_optimizer",
+    "make_state",
+    "make_step",
+    "param_shardings",
+    "partition",
+    "phase_rate",
+    "read_metrics",
+    "replicated",
+    "router_metrics",
+    "run_model",
+    "shard_batch",
+    "state_shardings",
+]

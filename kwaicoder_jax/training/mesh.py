@@ -1,0 +1,103 @@
+"""The device mesh, and the one table that maps logical axes of parameters and batches to mesh axes."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kwaicoder_jax import models
+from kwaicoder_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp", "expert")  # a batch is split over all of these
+
+# Logical axis of a parameter -> mesh axis. What is not listed is replicated.
+RULES: Mapping[str, str] = {
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "experts": "expert",
+    "expert_mlp": "tensor",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; `data` = -1 takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds the mesh over all devices (or those given); UserError if the sizes do not multiply to their number."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if sizes["data"] == -1 and len(devices) % fixed == 0:
+        sizes["data"] = len(devices) // fixed
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
+        raise UserError(
+            f"{sizes} does not multiply to the {len(devices)} devices here", where="mesh",
+            remedy="mesh.data=-1 takes what the other axes leave",
+        )  # fmt: skip
+    if sizes["context"] != 1:
+        raise UserError("context parallelism is not available", where="mesh.context", remedy="use 1")
+    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def partition(declaration: models.Declaration, mesh: Mesh, name: str = "") -> PartitionSpec:
+    """The PartitionSpec of one declared parameter, checked for collisions and divisibility."""
+    spec = [RULES.get(axis) for axis in declaration.axes]
+    used = [axis for axis in spec if axis is not None]
+    if len(set(used)) != len(used):
+        raise UserError(f"two axes of {name} {declaration.axes} map to one mesh axis {spec}", where="mesh rules")
+    for size, logical, axis in zip(declaration.shape, declaration.axes, spec, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise UserError(
+                f"{name} has {size} {logical}, which {mesh.shape[axis]} devices cannot share", where=f"mesh.{axis}",
+                remedy=f"choose a divisor of {size}",
+            )  # fmt: skip
+    return PartitionSpec(*spec)
+
+
+def param_shardings(config: models.ModelConfig, mesh: Mesh) -> Any:
+    """The parameters' tree with a NamedSharding in place of every array."""
+    flat = {
+        name: NamedSharding(mesh, partition(declaration, mesh, name))
+        for name, declaration in models.declarations(config).items()
+    }
+    return models.unflatten(flat)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data-like axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Places this process's rows of a global batch; together the processes hold the whole batch."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def abstract_params(config: models.ModelConfig, mesh: Mesh) -> Any:
+    """The parameters as ShapeDtypeStructs that carry their sharding."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        models.abstract(config),
+        param_shardings(config, mesh),
+    )

@@ -1,0 +1,62 @@
+"""metrics.jsonl, one JSON object per logged step, with TensorBoard events beside it."""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+from etils import epath
+from tensorboardX import SummaryWriter
+
+TIME_KEYS = ("seconds", "tokens_per_second")  # differ from run to run; everything else repeats to the bit
+
+
+class MetricsLog:
+    """Appends records; opening it for a resumed run first drops what lies after the restored step.
+
+    Args:
+      folder: the stage folder.
+      restored_step: the step that training goes on from; None for a fresh start.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], restored_step: int | None):
+        self.file = epath.Path(folder) / "metrics.jsonl"
+        self._cut(restored_step)
+        purge = None if restored_step is None else restored_step + 1
+        self._events = SummaryWriter(os.fspath(epath.Path(folder) / "events"), purge_step=purge, flush_secs=30)
+
+    def _cut(self, restored_step: int | None) -> None:
+        kept = [] if restored_step is None else [r for r in read_metrics(self.file) if r["step"] <= restored_step]
+        temporary = self.file.parent / f".{self.file.name}.tmp"
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        temporary.replace(self.file)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Writes one record; it must hold "step". The line is in the file when this returns."""
+        record = {key: _plain(value) for key, value in record.items()}
+        with self.file.open("a") as out:
+            out.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if isinstance(value, float):
+                self._events.add_scalar(key, value, record["step"])
+
+    def close(self) -> None:
+        """Flushes the TensorBoard events."""
+        self._events.close()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return value
+
+
+def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All whole records of a metrics file; a last line that a crash cut short is left out."""
+    file = epath.Path(file)
+    if not file.exists():
+        return []
+    lines = file.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

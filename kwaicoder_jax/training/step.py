@@ -1,0 +1,69 @@
+"""One train step, and one evaluation of held-out loss."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from kwaicoder_jax import models
+from kwaicoder_jax.training.losses import run_model
+from kwaicoder_jax.training.mesh import shard_batch
+from kwaicoder_jax.training.state import TrainState
+
+# (trainable, batch, frozen) -> (loss, metrics). `frozen` is a tree that is not trained, such as a teacher.
+LossFunction = Callable[[Any, dict[str, jax.Array], Any], tuple[jax.Array, dict[str, jax.Array]]]
+StepFunction = Callable[[TrainState, dict[str, jax.Array], Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_step(
+    loss_function: LossFunction,
+    optimizer: optax.GradientTransformation,
+    rate: Callable[[jax.Array], jax.Array],
+    shardings: TrainState | None = None,
+) -> StepFunction:
+    """Compiles forward, backward and update; the old state's buffers are given away."""
+
+    def step(state: TrainState, batch: dict[str, jax.Array], frozen: Any):
+        gradient_of = jax.value_and_grad(loss_function, has_aux=True)
+        (_, metrics), gradients = gradient_of(state.trainable, batch, frozen)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
+        trainable = optax.apply_updates(state.trainable, updates)
+        metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": rate(state.step)}
+        return TrainState(state.step + 1, trainable, opt_state), metrics
+
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+class HeldOutLoss:
+    """Cross-entropy on fixed validation batches, without fill-in-the-middle and auxiliary losses."""
+
+    def __init__(
+        self,
+        config: models.ModelConfig,
+        batches: Mapping[str, Sequence[Mapping[str, np.ndarray]]],
+        mesh: Mesh,
+        runtime: models.Runtime | None = None,
+    ):
+        runtime = runtime or models.Runtime()
+
+        def sums(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden_BTD = run_model(params, config, batch, runtime).hidden_BTD
+            projection_VD = models.projection(params)
+            mask_BT = batch["loss_mask"]
+            return models.cross_entropy(hidden_BTD, projection_VD, batch["targets"], mask_BT), jnp.sum(mask_BT)
+
+        self._sums = jax.jit(sums)
+        self._batches = {source: [shard_batch(batch, mesh) for batch in each] for source, each in batches.items()}
+
+    def __call__(self, params: Any) -> dict[str, Any]:
+        """{"valid_loss": nats per token over all sources, "valid_loss_by_source": {...}}."""
+        sums = {source: [self._sums(params, batch) for batch in each] for source, each in self._batches.items()}
+        totals = {source: np.sum(np.asarray(jax.device_get(each), np.float64), 0) for source, each in sums.items()}
+        loss, tokens = np.sum(list(totals.values()), axis=0)
+        by_source = {source: float(each[0] / max(each[1], 1)) for source, each in totals.items()}
+        return {"valid_loss": float(loss / max(tokens, 1)), "valid_loss_by_source": by_source}

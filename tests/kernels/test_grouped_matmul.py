@@ -1,0 +1,120 @@
+"""Grouped matmul against a float64 loop over groups, forward and both gradients, for every back end."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.grouped_matmul import Backend, grouped_matmul
+
+BACKENDS = list(Backend)
+
+
+def _expected(lhs, rhs, sizes, dout):
+    """Output, dlhs and drhs in float64; rows behind the last group give zeros."""
+    lhs, rhs, dout = (np.asarray(array, np.float64) for array in (lhs, rhs, dout))
+    out, dlhs, drhs = np.zeros_like(dout), np.zeros_like(lhs), np.zeros_like(rhs)
+    start = 0
+    for group, size in enumerate(np.asarray(sizes)):
+        rows = slice(start, start + size)
+        out[rows], dlhs[rows] = lhs[rows] @ rhs[group], dout[rows] @ rhs[group].T
+        drhs[group] = lhs[rows].T @ dout[rows]
+        start += size
+    return out, dlhs, drhs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(backend, lhs_MK, rhs_GKN, sizes_G, dout_MN):
+    out, pull = jax.vjp(lambda a, b: grouped_matmul(a, b, sizes_G, backend=backend), lhs_MK, rhs_GKN)
+    return out, *pull(dout_MN)
+
+
+def _check(backend, sizes, rows, k=6, n=5, dtype=jnp.float32, seed=0, poison=np.nan):
+    rng = np.random.default_rng(seed)
+    arrays = [rng.normal(size=shape) for shape in ((rows, k), (len(sizes), k, n), (rows, n))]
+    lhs, rhs, dout = (np.array(jnp.asarray(array, dtype).astype(jnp.float32)) for array in arrays)
+    expected = _expected(lhs, rhs, sizes, dout)
+    used = int(np.sum(sizes))
+    lhs[used:], dout[used:] = poison, poison
+    actual = _run(
+        backend, *(jnp.asarray(a, dtype) for a in (lhs, rhs)), jnp.asarray(sizes, jnp.int32), jnp.asarray(dout, dtype)
+    )
+    # float32: sums of up to `rows` products. bfloat16: one rounding at the end of a float32 sum.
+    tolerance = {"rtol": 1e-5, "atol": 1e-6 * rows**0.5} if dtype == jnp.float32 else {"rtol": 2**-8, "atol": 1e-5}
+    for name, got, want in zip(("out", "dlhs", "drhs"), actual, expected, strict=True):
+        assert got.dtype == dtype
+        np.testing.assert_allclose(np.asarray(got.astype(jnp.float32)), want, err_msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ([3, 0, 5, 2], 10),  # an empty group
+        ([0, 10, 0], 10),  # one group with everything
+        ([2, 1, 0], 10),  # rows behind the last group
+        ([0, 0], 4),  # no rows in any group
+        ([1], 1),
+        ([33, 31, 64, 1], 140),  # across tiles of the CPU loops
+        ([700, 5], 720),
+    ],
+)
+def test_against_float64(backend, dtype, sizes, rows):
+    _check(backend, sizes, rows, dtype=dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_cpu_loops_for_any_group_sizes(data):
+    groups, rows = data.draw(st.sampled_from([(2, 700), (16, 1300), (64, 300), (3, 20)]))
+    size = st.one_of(st.just(0), st.integers(0, 40), st.sampled_from([32, 64, 127, 128, 129, 160, 512, 550]))
+    ends = np.minimum(np.cumsum(data.draw(st.lists(size, min_size=groups, max_size=groups))), rows)
+    _check(Backend.CPU, np.diff(ends, prepend=0), rows, k=4, n=3, seed=groups)
+
+
+@pytest.mark.parametrize("backend", [Backend.CPU, Backend.RAGGED_DOT])
+def test_infinite_tail_rows_do_not_leak(backend):
+    _check(backend, [40, 3], 60, poison=np.inf)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_works_under_remat_and_scan(backend):
+    sizes_G, rhs_LGKK = jnp.asarray([3, 0, 4], jnp.int32), jax.random.normal(jax.random.key(0), (2, 3, 4, 4))
+
+    def loss(rhs_LGKK, lhs_MK, remat):
+        layer = lambda x, rhs: (jnp.tanh(grouped_matmul(x, rhs, sizes_G, backend=backend)), None)  # noqa: E731
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer) if remat else layer, lhs_MK, rhs_LGKK)[0] ** 2)
+
+    lhs_MK = jax.random.normal(jax.random.key(1), (8, 4))
+    plain = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(rhs_LGKK, lhs_MK, False)
+    remat = jax.jit(jax.grad(loss, (0, 1)), static_argnums=2)(rhs_LGKK, lhs_MK, True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, remat)
+
+
+def test_cpu_product_is_not_groups_times_the_work():
+    # The compiled program must hold no product over all groups at once: every dot has two axes only.
+    arrays = (jnp.ones((256, 8)), jnp.ones((16, 8, 8)), jnp.full((16,), 16, jnp.int32))
+    text = jax.jit(lambda a, b, c: grouped_matmul(a, b, c)).lower(*arrays).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    assert dots
+    assert all("batching_dims" not in line and "ragged" not in line for line in dots)
+
+
+@pytest.mark.parametrize(
+    ("lhs", "rhs", "sizes"),
+    [
+        (jnp.ones((4, 3)), jnp.ones((2, 4, 3)), jnp.ones(2, jnp.int32)),
+        (jnp.ones((4, 3)), jnp.ones((2, 3, 3)), jnp.ones(3, jnp.int32)),
+        (jnp.ones((4, 3)), jnp.ones((2, 3, 3), jnp.bfloat16), jnp.ones(2, jnp.int32)),
+        (jnp.ones((4, 3)), jnp.ones((2, 3, 3)), jnp.ones(2)),
+        (jnp.ones((1, 4, 3)), jnp.ones((2, 3, 3)), jnp.ones(2, jnp.int32)),
+    ],
+)
+def test_what_does_not_fit_is_an_error(lhs, rhs, sizes):
+    with pytest.raises(ValueError, match=r"fit together|dtypes|need lhs"):
+        grouped_matmul(lhs, rhs, sizes)

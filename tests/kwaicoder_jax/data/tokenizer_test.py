@@ -1,0 +1,83 @@
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kwaicoder_jax import data
+from kwaicoder_jax.data import tokenizer as tokenizers
+from kwaicoder_jax.errors import UserError
+
+SPECIALS = data.SpecialTokens().strings()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizers.train(["def f(x):\n    return x + 12\n", "naïve 😀 text\r\n"] * 20, 300)
+
+
+def test_specials_come_first(tokenizer):
+    t = tokenizer
+    assert (t.end_of_text, t.pad, t.fim_prefix, t.fim_suffix, t.fim_middle) == (0, 1, 2, 3, 4)
+    assert t.decode([0, 1, 2, 3, 4]) == "".join(SPECIALS)
+
+
+def test_round_trip_and_no_specials(tokenizer):
+    @given(st.lists(st.one_of(st.text(), st.sampled_from([*SPECIALS, "<|", "endoftext", "|>", "\r\n", "😀"]))))
+    def check(parts):
+        text = "".join(parts)
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not set(ids) & {0, 1, 2, 3, 4}
+        assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+        assert tokenizer.encode_batch([text, "x"])[0] == ids
+        again, spans = tokenizer.encode_with_spans(text)
+        assert again == ids
+        for i, (start, stop) in zip(ids, spans, strict=True):
+            assert tokenizer.token_bytes(i) in text[start:stop].encode()
+
+    check()
+
+
+def test_every_byte_has_a_token(tokenizer):
+    assert {tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)} >= {bytes([b]) for b in range(256)}
+    assert tokenizer.token_bytes(0) == b"<|endoftext|>"
+    with pytest.raises(ValueError, match="outside"):
+        tokenizer.token_bytes(tokenizer.vocab_size)
+
+
+def test_digits_stand_alone(tokenizer):
+    assert len(tokenizer.encode("1234567890")) == 10
+
+
+def test_pickle_and_file(tokenizer, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.serialized())
+    for copy in (pickle.loads(pickle.dumps(tokenizer)), data.Tokenizer.from_file(path)):
+        assert copy == tokenizer
+        assert copy.hash == tokenizer.hash
+        assert copy.encode("a<|endoftext|>b 😀") == tokenizer.encode("a<|endoftext|>b 😀")
+
+
+def test_agrees_with_transformers(tokenizer, tmp_path):
+    """The file is an ordinary one that the reference library reads alike."""
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.serialized())
+    reference = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path))
+    text = "def f(x):\n\treturn 12 # naïve 😀\r\n"
+    assert reference(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+    assert reference.convert_tokens_to_ids("<|fim_middle|>") == tokenizer.fim_middle
+
+
+def test_errors(tmp_path, tokenizer):
+    with pytest.raises(UserError, match="nothing"):
+        data.Tokenizer.from_file(tmp_path / "nothing.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(UserError, match=r"bad\.json"):
+        data.Tokenizer.from_file(tmp_path / "bad.json")
+    with pytest.raises(UserError, match=r"data\.vocab_size"):
+        tokenizers.train(["x"], 100)
+    renamed = data.Tokenizer(tokenizer.serialized(), data.SpecialTokens(fim_middle="<MID>"))
+    with pytest.raises(UserError, match="<MID>"):
+        _ = renamed.fim_middle

@@ -1,0 +1,70 @@
+"""The cache of keys and values: any way of cutting a sequence gives what the whole sequence gives."""
+
+import numpy as np
+import pytest
+
+from kwaicoder_jax import models, testing
+
+CONFIGS = testing.small_configs()
+TOLERANCE = 1e-4  # float32 logits of 10, sums in another order
+
+
+def left_padded(config, lengths, time, seed=0):
+    """A batch of one document per row, padded on the left with segment 0 and with random tokens."""
+    batch = testing.random_batch(config, len(lengths), time, seed, packed=False)
+    offsets = np.arange(time)[None] - (time - np.asarray(lengths))[:, None]
+    batch["segment_ids"] = (offsets >= 0).astype(np.int32)
+    batch["positions"] = np.maximum(offsets, 0).astype(np.int32)
+    return batch
+
+
+def run_in_pieces(params, config, batch, cuts, slots):
+    cache, pieces = models.empty_cache(config, len(batch["inputs"]), slots), []
+    for start, stop in zip(cuts[:-1], cuts[1:]):
+        piece = {name: array[:, start:stop] for name, array in batch.items()}
+        output = testing.run(params, config, piece, cache=cache)
+        cache = output.cache
+        pieces.append(models.logits(output.hidden_BTD, models.projection(params)))
+    return np.concatenate(pieces, axis=1), cache
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_token_by_token_equals_the_whole_sequence(name):
+    config = CONFIGS[name]
+    params, batch = testing.random_params(config), left_padded(config, [12, 5, 1], 12)
+    got, cache = run_in_pieces(params, config, batch, [0, 8, 9, 10, 11, 12], slots=15)  # prompt, tokens; slots left over
+    real = batch["segment_ids"] > 0
+    np.testing.assert_allclose(got[real], testing.model_logits(params, config, batch)[real], atol=TOLERANCE, rtol=0)
+    np.testing.assert_allclose(got[real], testing.reference_logits(params, config, batch)[real], atol=TOLERANCE, rtol=0)
+    assert int(cache.index) == 12
+    np.testing.assert_array_equal(cache.segments_BS[:, 12:], 0)
+
+
+def test_every_cut_gives_the_same_logits_and_cache():
+    config = testing.odd_config()
+    params, batch = testing.random_params(config), left_padded(config, [10, 7], 10)
+    real = batch["segment_ids"] > 0
+    whole, cache = run_in_pieces(params, config, batch, [0, 10], slots=10)
+    for cuts in (list(range(11)), [0, 3, 10], [0, 3, 6, 9, 10]):
+        got, other = run_in_pieces(params, config, batch, cuts, slots=10)
+        np.testing.assert_allclose(got[real], whole[real], atol=TOLERANCE, rtol=0)
+        np.testing.assert_allclose(
+            np.asarray(other.key_LBSKN)[:, real], np.asarray(cache.key_LBSKN)[:, real], atol=1e-5
+        )
+        np.testing.assert_array_equal(other.positions_BS, cache.positions_BS)
+
+
+def test_packed_documents_stay_apart_in_a_cache():
+    config = testing.dense_config()
+    params, batch = testing.random_params(config), testing.random_batch(config, 2, 12)
+    got, _ = run_in_pieces(params, config, batch, [0, 6, 12], slots=12)
+    real = batch["segment_ids"] > 0
+    np.testing.assert_allclose(got[real], testing.reference_logits(params, config, batch)[real], atol=TOLERANCE, rtol=0)
+
+
+def test_empty_cache_shapes():
+    config = testing.dense_config(dtype="bfloat16")
+    cache = models.empty_cache(config, batch=4, slots=9)
+    assert cache.key_LBSKN.shape == cache.value_LBSKN.shape == (3, 4, 9, 2, 8)
+    assert cache.key_LBSKN.dtype == "bfloat16"
+    assert cache.positions_BS.shape == cache.segments_BS.shape == (4, 9)
