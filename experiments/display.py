@@ -39,7 +39,9 @@ class Display:
 
             def update(now: int, note: str = "") -> None:
                 rate = (now - first) / max(time.monotonic() - began, 1e-9)
-                bars.update(task, completed=now, rate=rate, **({"note": note} if note else {}))
+                bars.update(task, completed=now, rate=rate)
+                if note:
+                    bars.update(task, note=note)
 
             yield update
 

@@ -81,7 +81,7 @@ def _projections(
 
 def _baseline(context: Context, job: Run, student: Any, config: models.ModelConfig) -> Run:
     """The same student, data, schedule and steps, on labels alone."""
-    settings = {"runtime": runtime_of(context), "balance": training.BalanceConfig()}
+    settings: dict[str, Any] = {"runtime": runtime_of(context), "balance": training.BalanceConfig()}
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
         del frozen

@@ -36,8 +36,12 @@ def run(context: Context) -> dict[str, Any]:
     summary = {"valid_loss": held_out["valid_loss"]}
     summary |= {f"valid_loss_{source}": loss for source, loss in held_out["valid_loss_by_source"].items()}
 
-    settings = {"seed": context.seed, "stop_tokens": (corpus.tokenizer.end_of_text,), "runtime": runtime_of(context)}
-    generate = functools.partial(
+    settings: dict[str, Any] = {
+        "seed": context.seed,
+        "stop_tokens": (corpus.tokenizer.end_of_text,),
+        "runtime": runtime_of(context),
+    }
+    generate: Callable[..., list[list[int]]] = functools.partial(
         inference.generate, params, config, max_new_tokens=section["max_new_tokens"], **settings
     )
     if "infilling" in section["benchmarks"]:

@@ -20,7 +20,7 @@ def run(context: Context) -> dict[str, Any]:
     sizes = {"vocab_size": corpus.tokenizer.vocab_size, **context.config["model"]}
     config = models.ModelConfig.from_dict(sizes)
     initial = jax.jit(functools.partial(models.init, config), out_shardings=training.param_shardings(config, mesh))
-    settings = {"runtime": runtime_of(context), "balance": training.BalanceConfig()}
+    settings: dict[str, Any] = {"runtime": runtime_of(context), "balance": training.BalanceConfig()}
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
         del frozen

@@ -178,7 +178,8 @@ class _Note:
     """The text beside the progress bar: the newest losses."""
 
     def __init__(self, label: str):
-        self.text, self._label, self._parts = label, label, {}
+        self.text, self._label = label, label
+        self._parts: dict[str, str] = {}
 
     def record(self, record: dict[str, Any]) -> None:
         for key, short in (("loss", "loss"), ("valid_loss", "valid"), ("tokens_per_second", "tokens/s")):

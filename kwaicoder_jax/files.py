@@ -15,11 +15,11 @@ def path(place: str | os.PathLike[str]) -> epath.Path:
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Writes `text` so that a reader sees the old file or the new one, never a part: a temporary file, then a rename."""
-    target = epath.Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    whole = epath.Path(target)
+    whole.parent.mkdir(parents=True, exist_ok=True)
+    temporary = whole.parent / f".{whole.name}.{os.getpid()}.tmp"
     temporary.write_text(text)
-    temporary.replace(target)
+    temporary.replace(whole)
 
 
 def write_json(target: str | os.PathLike[str], value: Any) -> None:

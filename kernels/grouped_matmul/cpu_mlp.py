@@ -13,7 +13,6 @@ from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, S
 from kernels.routing import Routing
 from kernels.routing.api import take_rows, weighted_sum
 
-
 _Rows = tuple[jax.Array, Saved]  # expert outputs, saved projections
 _Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # dx, dweight, gradients of gate and up, of down
 

@@ -61,11 +61,11 @@ class CheckpointStore:
 
 def find(place: str | os.PathLike[str]) -> epath.Path:
     """The folder with Orbax steps for a stage folder or for that folder itself; UserError if there is none."""
-    place = epath.Path(place)
-    for candidate in (place / "checkpoints", place):
+    folder = epath.Path(place)
+    for candidate in (folder / "checkpoints", folder):
         if candidate.is_dir() and any((step / "meta").is_dir() for step in candidate.iterdir() if step.name.isdigit()):
             return candidate
-    state = "holds no checkpoint" if place.exists() else "does not exist"
+    state = "holds no checkpoint" if folder.exists() else "does not exist"
     raise UserError(f"{place} {state}", remedy="name a stage folder that has checkpoints/STEP inside")
 
 

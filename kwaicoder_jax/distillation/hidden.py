@@ -27,8 +27,9 @@ def selection_matrix(kept_channels: Sequence[int], teacher_dim: int) -> np.ndarr
     so for hidden states taken from the residual stream this is the exact starting point, with no further factor.
     """
     kept = np.asarray(kept_channels)
-    if kept.size and (kept.min() < 0 or kept.max() >= teacher_dim):
-        raise UserError(f"channel {int(kept.max())} of a teacher with {teacher_dim}", where="kept channels")
+    outside = kept[(kept < 0) | (kept >= teacher_dim)]
+    if outside.size:
+        raise UserError(f"channel {int(outside[0])} of a teacher with {teacher_dim}", where="kept channels")
     matrix_DC = np.zeros((kept.size, teacher_dim), np.float32)
     matrix_DC[np.arange(kept.size), kept] = 1.0
     return matrix_DC

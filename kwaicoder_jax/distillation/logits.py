@@ -27,7 +27,7 @@ def forward_kl(
       student_VD: its vocabulary projection.
       teacher_BTC: final hidden states of the teacher, of its own width C; no gradient flows to it.
       teacher_VC: its vocabulary projection.
-      mask_BT: weight of each position.
+      mask_BT: weight of each position; no gradient flows to it.
       temperature: divides both logits; the KL is multiplied by its square, so gradients keep their size.
     """
     return _kl(temperature, student_BTD, student_VD, teacher_BTC, teacher_VC, mask_BT)
@@ -47,8 +47,9 @@ def _kl_forward(temperature, student_BTD, student_VD, teacher_BTC, teacher_VC, m
 
 def _kl_backward(temperature, saved, gradient):
     del temperature
-    d_student_BTD, d_student_VD = saved
-    return d_student_BTD * gradient.astype(d_student_BTD.dtype), d_student_VD * gradient, None, None, None
+    # `gradient` is float32 and may be as fine as 1 / tokens: scale in float32, then round once.
+    d_student_BTD, d_student_VD = ((x * gradient).astype(x.dtype) for x in saved)
+    return d_student_BTD, d_student_VD, None, None, None
 
 
 _kl.defvjp(_kl_forward, _kl_backward)

@@ -40,7 +40,9 @@ def prefill(
     chunk = PREFILL_CHUNK if time % PREFILL_CHUNK == 0 else time
 
     def step(index: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
-        here = [jax.lax.dynamic_slice_in_dim(a, index * chunk, chunk, 1) for a in (tokens_BT, positions_BT, segments_BT)]
+        here = [
+            jax.lax.dynamic_slice_in_dim(a, index * chunk, chunk, 1) for a in (tokens_BT, positions_BT, segments_BT)
+        ]
         output = models.forward(params, config, *here, runtime=runtime, cache=carry[1])
         return output.hidden_BTD[:, -1:], output.cache
 

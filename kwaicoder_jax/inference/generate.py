@@ -1,7 +1,7 @@
 """Generation for a list of prompts: sorted into few compiled shapes, decoded batch by batch, given back in order.
 
-A batch ends when its longest row does. An engine that refills rows as they stop can stand beside this module on the same
-`prefill` and `choose_tokens`.
+A batch ends when its longest row does. An engine that refills rows as they stop can stand beside this module, on the
+same `prefill` and `choose_tokens`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

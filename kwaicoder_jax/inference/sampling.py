@@ -43,9 +43,7 @@ def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
     return kept_BV | (top_p_B[:, None] >= 1.0)  # rounding of the sums must not drop the tail
 
 
-def choose_tokens(
-    logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array
-) -> jax.Array:
+def choose_tokens(logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
     """Draws one token per row, [B] int32.
 
     Args:
@@ -71,7 +69,7 @@ def choose_tokens(
 
 
 def _inverse_cdf(logits_BV: jax.Array, keys_B: jax.Array) -> jax.Array:
-    """Draws from softmax(logits) with one uniform number per row: V times fewer than adding Gumbel noise, half the step.
+    """Draws from softmax(logits) with one uniform number per row; Gumbel noise takes V, and half the step.
 
     The first token whose cumulative probability exceeds u of the total; a token of probability 0 is never drawn, even
     though a parallel sum in float32 may step up where nothing was added.

@@ -62,6 +62,7 @@ class Attention(nn.Module):
         q_BTHN = rotary(q_BTHN, tokens.positions_BT, c.rope_theta)
         k_BSKN = rotary(k_BSKN, tokens.positions_BT, c.rope_theta)
         if layer_cache is not None:
+            assert tokens.index is not None
             start = (0, tokens.index, 0, 0)
             k_BSKN = jax.lax.dynamic_update_slice(layer_cache[0], k_BSKN.astype(layer_cache[0].dtype), start)
             v_BSKN = jax.lax.dynamic_update_slice(layer_cache[1], v_BSKN.astype(layer_cache[1].dtype), start)

@@ -1,6 +1,7 @@
 """The small modules that attention and MLP stand on: declared parameters, RMSNorm, rotary embedding, dense SwiGLU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +20,8 @@ def declare(
 
     Everything else (mesh sharding, checkpoint layout, weight decay, every transform) reads `models.declarations`.
     """
-    return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
+    value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
+    return value  # Linen unboxes it
 
 
 class RMSNorm(nn.Module):

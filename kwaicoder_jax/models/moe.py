@@ -37,8 +37,8 @@ def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig) -> tuple[jax.Ar
       Combine weights [M, X] (float32), expert indices [M, X] (int32), routing probabilities over all experts [M, E].
     """
     if experts.router is Router.SIGMOID:
-        affinity_ME = jax.nn.sigmoid(logits_ME)
-        probability_ME = affinity_ME / jnp.sum(affinity_ME, axis=-1, keepdims=True)
+        # sigmoid / sum of sigmoids, as a softmax: 0 / 0 where all of them underflow otherwise.
+        probability_ME = jax.nn.softmax(jax.nn.log_sigmoid(logits_ME), axis=-1)
     else:
         probability_ME = jax.nn.softmax(logits_ME, axis=-1)
     top_MX, index_MX = jax.lax.top_k(logits_ME, experts.experts_per_token)
@@ -47,8 +47,7 @@ def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig) -> tuple[jax.Ar
     elif experts.router is Router.SOFTMAX_TOPK:
         weight_MX = jnp.take_along_axis(probability_ME, index_MX, axis=-1)
     else:
-        chosen_MX = jax.nn.sigmoid(top_MX)
-        weight_MX = experts.routed_scale * chosen_MX / jnp.sum(chosen_MX, axis=-1, keepdims=True)
+        weight_MX = experts.routed_scale * jax.nn.softmax(jax.nn.log_sigmoid(top_MX), axis=-1)
     return weight_MX, index_MX, probability_ME
 
 

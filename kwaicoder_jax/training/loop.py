@@ -152,7 +152,7 @@ class Loop:
         if step % self.config.log_every == 0 or step in (1, self.config.steps):
             now, (since, before) = time.monotonic(), self._window
             rate, self._window = (progress.tokens - before) / max(now - since, 1e-9), (now, progress.tokens)
-            record = {"step": step, "tokens": progress.tokens, "phase": self.phase_of(step - 1)}
+            record: dict[str, Any] = {"step": step, "tokens": progress.tokens, "phase": self.phase_of(step - 1)}
             record |= {key: np.asarray(value).tolist() for key, value in values.items()}
             record |= {"seconds": now - self._began, "tokens_per_second": rate}
             self._log.write(record)

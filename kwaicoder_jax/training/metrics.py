@@ -55,8 +55,8 @@ def _plain(value: Any) -> Any:
 
 def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All whole records of a metrics file; a last line that a crash cut short is left out."""
-    file = epath.Path(file)
-    if not file.exists():
+    place = epath.Path(file)
+    if not place.exists():
         return []
-    lines = file.read_text().split("\n")
+    lines = place.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1] if line]

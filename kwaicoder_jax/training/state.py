@@ -16,7 +16,7 @@ from kwaicoder_jax.training.mesh import param_shardings, replicated
 class TrainState:
     """`trainable` is {"model": params, **extras}; extras are trained beside the model and dropped afterwards."""
 
-    step: jax.Array
+    step: Any
     trainable: Any
     opt_state: Any
 

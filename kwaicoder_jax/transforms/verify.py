@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,14 +114,14 @@ def _compare(dense_params, moe_params, batch, *, configs, runtime, per_layer, lo
         for params, config in zip((dense_params, moe_params), configs)
     )
     seen_BT, mask_BT = batch["segment_ids"] > 0, batch["loss_mask"].astype(jnp.float32)
-    chunk = max(1, logit_elements // (configs[0].vocab_size * seen_BT.shape[0]))
+    chunk = min(seen_BT.shape[1], max(1, logit_elements // (configs[0].vocab_size * seen_BT.shape[0])))
     columns = (dense.hidden_BTD, moe.hidden_BTD, batch["targets"], mask_BT, seen_BT)
     count = -(-seen_BT.shape[1] // chunk)
     chunked = [_chunks(x, chunk, count) for x in columns]
     projections = (models.projection(dense_params), models.projection(moe_params))
 
     def step(total, xs):
-        one = _compare_logits(*xs, projections)
+        one = _compare_logits(xs, projections)
         return {name: (jnp.maximum if name in _JOIN else jnp.add)(total[name], one[name]) for name in one}, None
 
     zero = dict.fromkeys(("max_error", "max_logit", "loss_dense", "loss_moe", "kl"), jnp.zeros(()))
@@ -135,7 +135,9 @@ def _compare(dense_params, moe_params, batch, *, configs, runtime, per_layer, lo
     return total
 
 
-def _compare_logits(dense_BCD, moe_BCD, targets_BC, mask_BC, seen_BC, projections) -> dict[str, jax.Array]:
+def _compare_logits(columns: Sequence[jax.Array], projections: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """The same for one chunk of C tokens per row."""
+    dense_BCD, moe_BCD, targets_BC, mask_BC, seen_BC = columns
     a, b = (models.logits(x, w) for x, w in zip((dense_BCD, moe_BCD), projections))
     log_a, log_b = jax.nn.log_softmax(a, axis=-1), jax.nn.log_softmax(b, axis=-1)
     kl_BC = jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)

@@ -11,6 +11,7 @@ CONFIGS = testing.small_configs()
 EACH = pytest.mark.parametrize("name", CONFIGS)
 # Measured: 1e-5 (dense) to 3e-5 (mixtures) on logits of 10; float32 rounding through 3 layers.
 TOLERANCE = 1e-4
+LOSS_AND_GRADS = jax.jit(jax.value_and_grad(testing.mean_loss), static_argnums=(1, 3))
 
 
 @EACH
@@ -35,7 +36,7 @@ def test_content_of_padding_changes_nothing(name):
     other["positions"] = np.where(padding, noise[1], batch["positions"])
     a, b = testing.run(params, config, batch), testing.run(params, config, other)
     # Bitwise: a real token's numbers come from its own row, whatever stands elsewhere in the same shapes.
-    np.testing.assert_array_equal(a.hidden_BTD[~padding], b.hidden_BTD[~padding])
+    np.testing.assert_array_equal(np.asarray(a.hidden_BTD)[~padding], np.asarray(b.hidden_BTD)[~padding])
     if config.experts is not None:
         for field in ("load_E", "probability_E", "z", "entropy", "confidence"):
             np.testing.assert_allclose(getattr(a.router, field), getattr(b.router, field), rtol=1e-6, err_msg=field)
@@ -48,13 +49,12 @@ def test_segments_in_any_order_of_the_row(name):
     params, batch = testing.random_params(config), testing.random_batch(config, 3, 24)
     renumbered = batch | {"segment_ids": np.where(batch["segment_ids"] > 0, 40 - 3 * batch["segment_ids"], 0)}
     real = batch["segment_ids"] > 0
-    a, b = (testing.run(params, config, x).hidden_BTD[real] for x in (batch, renumbered))
+    a, b = (np.asarray(testing.run(params, config, x).hidden_BTD)[real] for x in (batch, renumbered))
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["odd", "moe_topk_softmax"])
-def test_collect_layers_returns_the_residual_stream(name):
-    config = CONFIGS[name]
+def test_collect_layers_returns_the_residual_stream():
+    config = testing.odd_config()
     params, batch = testing.random_params(config), testing.random_batch(config, 3, 24)
     output = testing.run(params, config, batch, collect_layers=True)
     assert output.layers_LBTD.shape == (config.layers, 3, 24, config.model_dim)
@@ -69,18 +69,19 @@ def test_collect_layers_returns_the_residual_stream(name):
     assert testing.run(params, config, batch).layers_LBTD is None
 
 
-@pytest.mark.parametrize("name", ["dense", "moe_softmax_topk"])
-def test_runtime_changes_neither_loss_nor_gradients(name):
+@pytest.mark.parametrize(
+    ("name", "runtime"),
+    [("odd", Runtime(remat="full")), ("odd", Runtime(scan_unroll=0)), ("moe_sigmoid", Runtime("full", scan_unroll=2))],
+)
+def test_runtime_changes_neither_loss_nor_gradients(name, runtime):
     config = CONFIGS[name]
-    params, batch = testing.random_params(config), testing.random_batch(config, 2, 16)
-    step = jax.jit(jax.value_and_grad(testing.mean_loss), static_argnums=(1, 3))
-    loss, grads = step(params, config, batch, Runtime())
-    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(grads)), "every parameter must receive a gradient"
-    for runtime in (Runtime(remat="full"), Runtime(scan_unroll=0), Runtime(remat="full", scan_unroll=2)):
-        other_loss, other_grads = step(params, config, batch, runtime)
-        np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
-        # The order of sums may differ between compilations: rounding of gradients that are sums of 32 tokens.
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), other_grads, grads)
+    params, batch = testing.random_params(config), testing.random_batch(config, 1, 8)
+    loss, grads = LOSS_AND_GRADS(params, config, batch, Runtime())
+    assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(jax.device_get(grads))), "a parameter without use"
+    other_loss, other_grads = LOSS_AND_GRADS(params, config, batch, runtime)
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    # The order of sums may differ between compilations: float32 rounding of gradients of order 1.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), other_grads, grads)
 
 
 @pytest.mark.parametrize("name", ["odd", "moe_sigmoid"])
@@ -96,7 +97,7 @@ def test_gradients_match_finite_differences_of_the_float64_reference(name):
         logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         return -np.take_along_axis(logp, batch["targets"][real][:, None], -1).mean()
 
-    grads = models.flatten(jax.jit(jax.grad(testing.mean_loss), static_argnums=1)(params, config, batch))
+    grads = models.flatten(LOSS_AND_GRADS(params, config, batch, Runtime())[1])
     flat = {name: np.asarray(leaf, np.float64) for name, leaf in models.flatten(params).items()}
     for leaf_name, leaf in flat.items():
         direction = rng.standard_normal(leaf.shape)
@@ -106,18 +107,27 @@ def test_gradients_match_finite_differences_of_the_float64_reference(name):
         np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-4, err_msg=leaf_name)
 
 
-@EACH
-def test_bfloat16_stays_near_float32(name):
+@pytest.mark.parametrize("name", ["dense", "moe_sigmoid"])
+def test_bfloat16_stays_near_float64(name):
     config = CONFIGS[name].replace(dtype="bfloat16", param_dtype="bfloat16")
     params, batch = testing.random_params(config), testing.random_batch(config, 3, 24)
     assert all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(params))
-    output = testing.run(params, config, batch)
-    assert output.hidden_BTD.dtype == "bfloat16"
-    loss, grads = jax.jit(jax.value_and_grad(testing.mean_loss), static_argnums=1)(params, config, batch)
-    assert loss.dtype == "float32"
-    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in jax.tree.leaves(grads))
+    assert testing.run(params, config, batch).hidden_BTD.dtype == "bfloat16"
     real = batch["segment_ids"] > 0
     exact = testing.reference_logits(params, config, batch)[real]
     error = np.asarray(testing.model_logits(params, config, batch))[real] - exact
-    # 8 bits of mantissa through 3 layers: some percent. A mixture also routes a few near-ties elsewhere: use the median.
+    # 8 bits of mantissa through 3 layers: some percent. A mixture routes a few near-ties elsewhere: use the median.
     assert np.median(np.abs(error)) < 0.05 * exact.std()
+
+
+def test_bfloat16_gradients_are_finite_and_stay_near_float32():
+    config = CONFIGS["moe_sigmoid"]
+    params, batch = testing.random_params(config), testing.random_batch(config, 1, 8)
+    loss, grads = LOSS_AND_GRADS(params, config.replace(dtype="bfloat16"), batch, Runtime())
+    exact_loss, exact_grads = LOSS_AND_GRADS(params, config, batch, Runtime())
+    assert loss.dtype == "float32"
+    np.testing.assert_allclose(loss, exact_loss, rtol=0.05)
+    for got, expected in zip(jax.tree.leaves(jax.device_get(grads)), jax.tree.leaves(jax.device_get(exact_grads))):
+        assert got.dtype == np.float32
+        cosine = np.sum(got * expected) / (np.linalg.norm(got) * np.linalg.norm(expected))
+        assert cosine > 0.98

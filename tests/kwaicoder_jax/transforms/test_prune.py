@@ -132,6 +132,26 @@ def test_silent_layers_leave_no_trace():
     assert reference.relative(logits(student, config, batch), logits(params, CONFIG, batch)) < EXACT
 
 
+def test_silent_units_of_every_kind_at_once():
+    """Depth and width together: the lists of each layer follow the layer that they were made for."""
+    rng = np.random.default_rng(4)
+    params, batch = params_and_batch(CONFIG)
+    neurons = [rng.permutation(48)[:11] for _ in range(4)]
+    heads = [np.concatenate([rng.permutation(3)[:1], 3 + rng.permutation(3)[:1]]) for _ in range(4)]
+    params = silenced("layers/mlp/down", 1, neurons)(params)
+    params = silenced("layers/attention/out", 1, heads)(params)
+    for name in ("layers/mlp/down", "layers/attention/out"):
+        params = change(params, name, lambda x: x * np.array([1.0, 0.0, 1.0, 1.0]).reshape(-1, *[1] * (x.ndim - 1)))
+    scores = made_scores(
+        CONFIG,
+        neurons_LF=kept_is_one((4, 48), neurons),
+        heads_LH=kept_is_one((4, 6), heads),
+        layers_L=np.array([1.0, 0.0, 1.0, 1.0]),
+    )
+    student, config, _ = prune.apply(params, CONFIG, scores, Target(layers=3, mlp_dim=37, heads=4))
+    assert reference.relative(logits(student, config, batch), logits(params, CONFIG, batch)) < EXACT
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_masked_equals_sliced_for_channels(tied):
     """With the dropped channels zero everywhere the kept share is 1, and sqrt(D/D') makes the norms agree exactly."""

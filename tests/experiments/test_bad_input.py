@@ -1,0 +1,127 @@
+"""Bad input: one line that says what, where and what would be right; exit status 2; nothing half-written."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+from tests.experiments import commands
+
+
+def refused(stage: str, workdir, *arguments: str, config: str = commands.TINY) -> str:
+    output = commands.run(stage, workdir, *arguments, status=2, config=config)
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1, output
+    return output
+
+
+def test_unknown_config_field(tmp_path):
+    output = refused("pretrain", tmp_path, "--config.pretrain.stepz=3")
+    assert "config.pretrain.stepz" in output
+    assert "steps" in output
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.pretrain.steps=many"], "config.pretrain.steps"),
+        (["--confg=x"], "confg"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_wrong_flags(tmp_path, arguments, words):
+    assert words in refused("pretrain", tmp_path, *arguments)
+
+
+def test_missing_config_file(tmp_path):
+    assert "nowhere.py" in refused("pretrain", tmp_path, config="configs/nowhere.py")
+
+
+def test_stage_before_its_input(tmp_path):
+    output = refused("cpt", tmp_path)
+    assert "prepare_data" in output
+    assert "run prepare_data first" in output
+
+
+def test_unknown_source_field(tmp_path):
+    assert "no stage 'nonsense'" in refused("pipeline", tmp_path, "--config.stages=prepare_data,nonsense")
+
+
+@pytest.fixture
+def work(finished, tmp_path) -> pathlib.Path:
+    for name in ("prepare_data", "distill"):
+        shutil.copytree(finished / name, tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--config.upcycle.granularity=5", ["upcycle.granularity", "32"]),
+        ("--config.upcycle.experts_per_token=3", ["upcycle.experts_per_token", "allow_lossy"]),
+        ("--config.upcycle.router=softmax_topk", ["upcycle.router", "allow_lossy"]),
+        ("--config.upcycle.init_from=/nonexistent/folder", ["upcycle.init_from", "/nonexistent/folder"]),
+        ("--config.mesh.data=3", ["mesh"]),
+    ],
+)
+def test_upcycle_refuses(work, argument, words):
+    output = refused("upcycle", work, argument)
+    for word in words:
+        assert word in output
+    assert not (work / "upcycle" / "summary.json").exists()
+
+
+def test_foreign_checkpoint(work, tmp_path):
+    import numpy as np
+    import orbax.checkpoint as ocp
+
+    foreign = tmp_path / "foreign" / "checkpoints"
+    with ocp.CheckpointManager(foreign) as manager:
+        items = ocp.args.Composite(params=ocp.args.StandardSave({"w": np.ones(3)}), meta=ocp.args.JsonSave({"x": 1}))
+        manager.save(0, args=items)
+    output = refused("upcycle", work, f"--config.upcycle.init_from={tmp_path / 'foreign'}")
+    assert "not a checkpoint of this program" in output
+
+
+def test_lossy_is_possible_when_asked_for(work):
+    commands.run("upcycle", work, "--config.upcycle.experts_per_token=3", "--config.upcycle.allow_lossy=True")
+    summary = commands.summary(work / "upcycle")
+    assert summary["lossless"] is False
+    assert summary["max_relative_logit_error"] > 1e-3
+
+
+def test_empty_corpus(tmp_path):
+    (tmp_path / "nothing").mkdir()
+    config = tmp_path / "empty.py"
+    config.write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('tiny', {str(commands.ROOT / commands.TINY)!r})\n"
+        "tiny = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(tiny)\n"
+        "def get_config():\n"
+        "    config = tiny.get_config()\n"
+        f"    source = {{'kind': 'folder', 'path': {str(tmp_path / 'nothing')!r}, 'suffixes': ('.py',), 'max_bytes': 9999}}\n"
+        "    config.prepare_data.sources = {'mine': source}\n"
+        "    return config\n"
+    )
+    output = refused("prepare_data", tmp_path / "work", config=str(config))
+    assert "mine" in output
+    assert not (tmp_path / "work" / "prepare_data" / "corpus").exists()
+
+
+def test_read_only_work_folder(tmp_path):
+    """As root nothing is read-only, so the command runs as another user where the test runs as root."""
+    place = tmp_path / "closed"
+    place.mkdir(mode=0o555)
+    options = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
+    process = subprocess.run(
+        ["/usr/bin/env", "true"], check=False, **options
+    )  # whether this machine lets us become someone else
+    if process.returncode:
+        pytest.fail("cannot run as another user")
+    place.chmod(0o555)
+    (tmp_path / "file").write_text("")
+    output = refused("prepare_data", tmp_path / "file")  # a work folder that is a file
+    assert "file" in output

@@ -1,0 +1,138 @@
+"""The whole distillation loss against one that is put together from plain parts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kwaicoder_jax import distillation, models, testing
+from kwaicoder_jax.distillation import DistillConfig
+
+TEACHER = testing.dense_config()
+STUDENT = testing.dense_config(layers=2, model_dim=20, mlp_dim=28, heads=4)
+PAIRS = [(0, 0), (1, 2)]
+KEPT = np.random.default_rng(0).permutation(32)[:20].tolist()
+CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # float32 gradients through the whole model, sums in another order
+
+
+def trainable(student=STUDENT, pairs=PAIRS, kept=KEPT, noise=0.1):
+    projections = distillation.initial_projections(pairs, kept, TEACHER.model_dim)
+    rng = np.random.default_rng(1)
+    projections = jax.tree.map(lambda x: x + noise * rng.standard_normal(x.shape).astype(np.float32), projections)
+    return {"model": testing.random_params(student, seed=5), "projections": projections}
+
+
+def loss(tree, batch, teacher, config, *, student=STUDENT, teacher_config=TEACHER, pairs=PAIRS):
+    options = {"student_config": student, "teacher_config": teacher_config, "pairs": pairs, "config": config}
+    return distillation.distillation_loss(tree, batch, teacher, **options, runtime=models.Runtime())
+
+
+# The configs are dataclasses that jit can hash; the pairs are a list, so the function closes over them.
+def value_and_grad(config, **options):
+    return jax.jit(jax.value_and_grad(functools.partial(loss, config=config, **options), has_aux=True))
+
+
+def parts(tree, batch, teacher, *, temperature=1.0, student=STUDENT, teacher_config=TEACHER):
+    """KL per token, mean relative squared error of embedding and layers, and cross-entropy per token, written plainly."""
+    inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
+    a = models.forward(tree["model"], student, *inputs, collect_layers=True)
+    b = models.forward(teacher, teacher_config, *inputs, collect_layers=True)
+    mask, tokens = batch["loss_mask"], batch["loss_mask"].sum()
+    logits = models.logits(a.hidden_BTD, models.projection(tree["model"]))
+    guide = jax.nn.log_softmax(models.logits(b.hidden_BTD, models.projection(teacher)) / temperature)
+    kl = temperature**2 * jnp.sum(jnp.exp(guide) * (guide - jax.nn.log_softmax(logits / temperature)), -1)
+    states = [(a.embedded_BTD @ tree["projections"]["embedding"], b.embedded_BTD)]
+    for number, (i, j) in enumerate(PAIRS):
+        states.append((a.layers_LBTD[i] @ tree["projections"]["layers"][number], b.layers_LBTD[j]))
+    weight = mask[..., None]
+    hidden = sum(jnp.sum(weight * (x - y) ** 2) / jnp.sum(weight * y**2) for x, y in states) / len(states)
+    labels = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
+    return jnp.sum(mask * kl) / tokens, hidden, jnp.sum(mask * labels) / tokens
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return trainable(), testing.random_batch(TEACHER, 3, 16), testing.random_params(TEACHER)
+
+
+def test_value_metrics_and_the_dynamic_weight(setting):
+    (value, metrics), _ = value_and_grad(DistillConfig(temperature=2.0, cross_entropy=0.3))(*setting[:2], setting[2])
+    kl, hidden, labels = (float(x) for x in parts(*setting, temperature=2.0))
+    assert set(metrics) == {"loss", "tokens", "hidden_loss", "hidden_weight", "cross_entropy"}
+    np.testing.assert_allclose(metrics["loss"], kl, rtol=1e-5)
+    np.testing.assert_allclose(metrics["hidden_loss"], hidden, rtol=1e-5)
+    np.testing.assert_allclose(metrics["cross_entropy"], labels, rtol=1e-5)
+    np.testing.assert_allclose(metrics["hidden_weight"] * metrics["hidden_loss"], metrics["loss"], rtol=1e-6)
+    np.testing.assert_allclose(value, 2 * kl + 0.3 * labels, rtol=1e-5)
+    assert metrics["tokens"] == setting[1]["loss_mask"].sum()
+
+
+def test_the_dynamic_weight_carries_no_gradient(setting):
+    tree, batch, teacher = setting
+    kl, hidden, _ = (float(x) for x in parts(*setting))
+
+    def with_constant_weight(tree):
+        a, b, labels = parts(tree, batch, teacher)
+        return a + kl / hidden * b + 0.3 * labels
+
+    expected = jax.jit(jax.grad(with_constant_weight))(tree)
+    _, got = value_and_grad(DistillConfig(cross_entropy=0.3))(*setting)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+    # With its gradient, alpha * hidden would be the KL again: the projections would get none.
+    assert all(np.abs(x).max() > 1e-3 for x in jax.tree.leaves(got["projections"]))
+
+
+def test_without_hidden_states_and_labels_it_is_the_kl_alone(setting):
+    (value, metrics), gradients = value_and_grad(DistillConfig(hidden=False))(*setting)
+    assert set(metrics) == {"loss", "tokens"}
+    assert value == metrics["loss"]
+    np.testing.assert_allclose(value, parts(*setting)[0], rtol=1e-5)
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(gradients["projections"]))
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_a_student_that_is_the_teacher_has_nothing_to_learn(setting, kind):
+    _, batch, teacher = setting
+    pairs = [(i, i) for i in range(TEACHER.layers)]
+    tree = {**trainable(TEACHER, pairs, range(32), noise=0), "model": teacher}
+    (value, metrics), gradients = value_and_grad(DistillConfig(hidden_loss=kind), student=TEACHER, pairs=pairs)(
+        tree, batch, teacher
+    )
+    np.testing.assert_allclose([value, metrics["loss"], metrics["hidden_loss"]], 0, atol=1e-6)
+    for gradient in jax.tree.leaves(gradients):
+        np.testing.assert_allclose(gradient, 0, atol=1e-5)
+
+
+def test_masked_targets_and_the_teacher_get_no_gradient(setting):
+    tree, batch, teacher = setting
+    config = DistillConfig(cross_entropy=1.0)
+    by_teacher = jax.jit(jax.grad(lambda t: loss(tree, batch, t, config)[0]))(teacher)
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(by_teacher))
+    other = {**batch, "targets": np.where(batch["loss_mask"] > 0, batch["targets"], 96).astype(np.int32)}
+    function = value_and_grad(config)
+    a, b = function(tree, batch, teacher), function(tree, other, teacher)
+    assert all((np.asarray(x) == np.asarray(y)).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+
+
+def test_a_batch_without_targets_gives_zero(setting):
+    tree, batch, teacher = setting
+    empty = {**batch, "loss_mask": np.zeros_like(batch["loss_mask"])}
+    (value, _), gradients = value_and_grad(DistillConfig(cross_entropy=1.0))(tree, empty, teacher)
+    assert value == 0
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(gradients))
+
+
+def test_mixtures_teach_and_learn():
+    moe = testing.moe_config()
+    params, batch = testing.random_params(moe), testing.random_batch(moe, 2, 12)
+    pairs = [(i, i) for i in range(moe.layers)]
+    for student, teacher in ((moe, TEACHER), (TEACHER, moe)):
+        guide = params if teacher is moe else testing.random_params(TEACHER)
+        tree = trainable(student, pairs, range(32), noise=0)
+        function = value_and_grad(DistillConfig(), student=student, teacher_config=teacher, pairs=pairs)
+        (value, metrics), gradients = function(tree, batch, guide)
+        np.testing.assert_allclose(value, 2 * metrics["loss"], rtol=1e-5)
+        assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients["model"]))

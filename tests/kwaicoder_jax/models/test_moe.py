@@ -1,0 +1,111 @@
+"""Routing against numpy: which experts, with what weights, and what the statistics say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kwaicoder_jax import models, testing
+from kwaicoder_jax.models import ExpertsConfig, Router
+from kwaicoder_jax.models.moe import router_statistics
+
+LOGITS = np.random.default_rng(0).standard_normal((40, 7)).astype(np.float32) * 2
+
+
+def experts(router, k=3, **changes):
+    return ExpertsConfig(7, k, 24, router, **changes)
+
+
+def softmax(x):
+    e = np.exp(x.astype(np.float64) - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("router", Router)
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_weights_and_probabilities(router, k):
+    weight, index, probability = models.choose_experts(jnp.asarray(LOGITS), experts(router, k, routed_scale=2.5))
+    expected_index = np.argsort(-LOGITS, axis=-1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(index, expected_index)
+    chosen = np.take_along_axis(LOGITS, expected_index, -1)
+    sigmoid = 1 / (1 + np.exp(-LOGITS.astype(np.float64)))
+    if router is Router.SIGMOID:
+        picked = np.take_along_axis(sigmoid, expected_index, -1)
+        expected, expected_probability = (
+            2.5 * picked / picked.sum(-1, keepdims=True),
+            sigmoid / sigmoid.sum(-1, keepdims=True),
+        )
+    else:
+        expected_probability = softmax(LOGITS)
+        full = np.take_along_axis(expected_probability, expected_index, -1)
+        expected = softmax(chosen) if router is Router.TOPK_SOFTMAX else full
+    np.testing.assert_allclose(weight, expected, rtol=1e-5)
+    np.testing.assert_allclose(probability, expected_probability, rtol=1e-5)
+    assert weight.dtype == probability.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("router", Router)
+def test_ties_pick_the_lowest_index(router):
+    logits = jnp.asarray([[0.0] * 7, [1, 2, 2, 2, 0, 2, 1], [-3, -3, -3, -3, -3, -3, 4]], jnp.float32)
+    _, index, _ = models.choose_experts(logits, experts(router))
+    np.testing.assert_array_equal(index, [[0, 1, 2], [1, 2, 3], [6, 0, 1]])
+
+
+@pytest.mark.parametrize("router", Router)
+def test_extreme_logits_stay_finite_with_finite_gradients(router):
+    logits = jnp.asarray([[-200.0] * 7, [200.0] * 7, [300.0, -300.0, 0, 0, 0, 0, 0]], jnp.float32)
+
+    def total(x):
+        weight, _, probability = models.choose_experts(x, experts(router))
+        return jnp.sum(weight**2) + jnp.sum(probability**2)
+
+    value, grad = jax.value_and_grad(total)(logits)
+    assert np.isfinite(value)
+    assert np.isfinite(grad).all()
+
+
+def test_statistics_match_numpy_and_honour_the_mask():
+    e = experts(Router.TOPK_SOFTMAX)
+    mask = np.random.default_rng(1).random(40) < 0.6
+    weight, index, probability = models.choose_experts(jnp.asarray(LOGITS), e)
+    got = router_statistics(jnp.asarray(LOGITS), weight, index, probability, jnp.asarray(mask))
+    kept, p = np.asarray(index)[mask], softmax(LOGITS)[mask]
+    np.testing.assert_allclose(got.load_E, np.bincount(kept.ravel(), minlength=7) / mask.sum(), rtol=1e-5)
+    np.testing.assert_allclose(np.sum(got.load_E), 3, rtol=1e-6)
+    np.testing.assert_allclose(got.probability_E, p.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(got.z, np.mean(np.log(np.exp(LOGITS[mask].astype(np.float64)).sum(-1)) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(got.entropy, -(p * np.log(p)).sum(-1).mean(), rtol=1e-5)
+    np.testing.assert_allclose(got.confidence, np.asarray(weight)[mask].max(-1).mean(), rtol=1e-5)
+
+
+def test_statistics_of_nothing_are_zero():
+    arguments = models.choose_experts(jnp.asarray(LOGITS), experts(Router.SIGMOID))
+    got = router_statistics(jnp.asarray(LOGITS), *arguments, jnp.zeros(40, bool))
+    assert all((np.asarray(leaf) == 0).all() for leaf in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("router", Router)
+def test_a_model_reports_each_layer(router):
+    config = testing.moe_config(router)
+    params, batch = testing.random_params(config), testing.random_batch(config, 3, 24)
+    got = testing.run(params, config, batch).router
+    assert got.load_E.shape == got.probability_E.shape == (config.layers, 7)
+    assert got.z.shape == (config.layers,)
+    np.testing.assert_allclose(np.sum(got.load_E, -1), 2, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(got.probability_E, -1), 1, rtol=1e-5)
+    assert np.std(got.load_E) > 0.01, "random routers are not balanced; if they look so, the layers were mixed up"
+
+
+def test_permuting_experts_changes_nothing():
+    """Renumbering the experts with their router columns is the same model."""
+    config = testing.moe_config("softmax_topk")
+    params, batch = testing.random_params(config), testing.random_batch(config, 3, 24)
+    order = np.random.default_rng(3).permutation(7)
+    flat = models.flatten(params)
+    for name, declaration in models.declarations(config).items():
+        if (axis := declaration.axis("experts")) is not None:
+            flat[name] = jnp.take(flat[name], order, axis=axis)
+    a, b = testing.run(params, config, batch), testing.run(models.unflatten(flat), config, batch)
+    real = batch["segment_ids"] > 0
+    np.testing.assert_allclose(np.asarray(a.hidden_BTD)[real], np.asarray(b.hidden_BTD)[real], atol=2e-5)
+    np.testing.assert_allclose(np.asarray(a.router.load_E)[:, order], b.router.load_E, atol=1e-6)

@@ -1,0 +1,93 @@
+"""What a config declares, counted by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from kwaicoder_jax import models, testing
+from kwaicoder_jax.errors import UserError
+
+CONFIGS = testing.small_configs()
+EACH = pytest.mark.parametrize("name", CONFIGS)
+
+
+@EACH
+def test_init_makes_what_is_declared(name):
+    config = CONFIGS[name]
+    shapes = jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), jax.eval_shape(lambda k: models.init(config, k), jax.random.key(0))
+    )
+    assert models.flatten(shapes) == {n: (d.shape, d.dtype) for n, d in models.declarations(config).items()}
+    assert jax.tree.structure(models.abstract(config)) == jax.tree.structure(testing.random_params(config))
+    models.check(models.abstract(config), config)
+
+
+@EACH
+def test_every_axis_is_named_and_sized_as_the_config_says(name):
+    c = CONFIGS[name]
+    sizes = {
+        "layers": c.layers, "embed": c.model_dim, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim,
+        "mlp": c.mlp_dim, "vocab": c.vocab_size,
+    }  # fmt: skip
+    if c.experts is not None:
+        sizes |= {"experts": c.experts.num_experts, "expert_mlp": c.experts.mlp_dim}
+    for parameter, d in models.declarations(c).items():
+        assert d.shape == tuple(sizes[axis] for axis in d.axes), parameter
+        assert (d.axis("layers") == 0) == parameter.startswith("layers/")
+        assert d.axis("no such axis") is None
+
+
+@EACH
+def test_count_by_hand(name):
+    c = CONFIGS[name]
+    attention = c.model_dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
+    outside = c.vocab_size * c.model_dim * (1 if c.tie_embeddings else 2) + c.model_dim
+    if c.experts is None:
+        mlp = active = 3 * c.model_dim * c.mlp_dim
+    else:
+        router, expert = c.model_dim * c.experts.num_experts, 3 * c.model_dim * c.experts.mlp_dim
+        mlp, active = router + expert * c.experts.num_experts, router + expert * c.experts.experts_per_token
+    layer = attention + 2 * c.model_dim
+    assert models.count(c) == outside + c.layers * (layer + mlp)
+    assert models.count_active(c) == outside + c.layers * (layer + active)
+    assert models.count(c) == sum(leaf.size for leaf in jax.tree.leaves(testing.random_params(c)))
+
+
+def test_count_of_a_published_model():
+    smollm2_135m = models.ModelConfig(49152, 30, 576, 9, 3, 64, 1536, tie_embeddings=True)
+    assert models.count(smollm2_135m) == 134_515_008  # numel over the published checkpoint
+
+
+def test_initialisation_scale():
+    """Matrices of std `initializer_range`; those that write to the residual stream are smaller by sqrt(2 layers)."""
+    config = testing.dense_config(model_dim=64, layers=4)
+    for name, leaf in models.flatten(models.init(config, jax.random.key(1))).items():
+        if name.endswith("scale"):
+            np.testing.assert_array_equal(leaf, 1)
+        else:
+            expected = 0.02 / 8**0.5 if name.endswith(("out", "down")) else 0.02
+            np.testing.assert_allclose(np.std(leaf), expected, rtol=0.05, err_msg=name)
+            layers = np.asarray(leaf)
+            assert name in ("embedding",) or not np.array_equal(layers[0], layers[1]), "layers must differ"
+
+
+def test_flatten_and_back():
+    params = testing.random_params(testing.moe_config())
+    flat = models.flatten(params)
+    assert "layers/moe/gate" in flat
+    assert jax.tree.structure(models.unflatten(flat)) == jax.tree.structure(params)
+
+
+def test_check_names_the_parameter():
+    config = testing.dense_config()
+    flat = models.flatten(testing.random_params(config))
+    with pytest.raises(UserError, match="layers/mlp/gate: missing"):
+        models.check(models.unflatten({n: v for n, v in flat.items() if n != "layers/mlp/gate"}), config)
+    with pytest.raises(UserError, match="head: not a parameter of this config"):
+        models.check(models.unflatten(flat | {"head": flat["embedding"]}), config)
+    with pytest.raises(
+        UserError, match=r"layers/attention/key has shape \(3, 32, 2, 8\), the config says \(3, 32, 3, 8\)"
+    ):
+        models.check(models.unflatten(flat), config.replace(kv_heads=3))
+    with pytest.raises(UserError, match=r"^workdir/prune: "):
+        models.check({}, config, where="workdir/prune")

@@ -1,0 +1,20 @@
+"""Runs a helper module of the tests in a process that sees several CPU devices."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+ROOT = pathlib.Path(__file__).parents[3]
+
+
+def run(module: str, devices: int) -> Any:
+    """What `python -m tests.kwaicoder_jax.MODULE` prints as its last line, as JSON."""
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    command = [sys.executable, "-m", f"tests.kwaicoder_jax.{module}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
