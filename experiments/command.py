@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from absl import flags
-from kwaicoder_jax import files
-from kwaicoder_jax.errors import UserError
 from ml_collections import ConfigDict, config_flags
 
 from experiments.contract import Context, Stage
 from experiments.contract import run as run_contract
 from experiments.display import Display
 from experiments.stopping import Stop, Stopped
+from kwaicoder_jax import files
+from kwaicoder_jax.errors import UserError
 
 DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
 
@@ -123,5 +123,5 @@ def _load(named: str) -> ConfigDict | None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.get_config(argument) if argument else module.get_config()
-    except Exception:  # noqa: BLE001 - any defect of a user's file; the first error is the one to report
+    except Exception:
         return None

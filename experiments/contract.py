@@ -17,11 +17,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from kwaicoder_jax import files
-from kwaicoder_jax.errors import UserError
-
 from experiments.display import Display
 from experiments.stopping import Stop
+from kwaicoder_jax import files
+from kwaicoder_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

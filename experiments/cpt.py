@@ -6,11 +6,10 @@ python -m experiments.cpt --config=configs/demo.py --workdir=runs/demo
 import functools
 from typing import Any
 
-from kwaicoder_jax import models, training
-
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import Run, build, check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, train
+from kwaicoder_jax import models, training
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -7,8 +7,6 @@ import functools
 from typing import Any
 
 import jax
-from kwaicoder_jax import distillation, models, training
-from kwaicoder_jax.errors import UserError
 
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
@@ -23,6 +21,8 @@ from experiments.training_stage import (
     runtime_of,
     train,
 )
+from kwaicoder_jax import distillation, models, training
+from kwaicoder_jax.errors import UserError
 
 
 def run(context: Context) -> dict[str, Any]:

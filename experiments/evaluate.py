@@ -9,14 +9,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from experiments.command import main
+from experiments.contract import Context, Stage, previous_checkpoint
+from experiments.training_stage import check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, validation_of
 from kwaicoder_jax import data, files, inference, training
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.evaluation import benchmarks, infilling
 from kwaicoder_jax.evaluation.sandbox import Sandbox
-
-from experiments.command import main
-from experiments.contract import Context, Stage, previous_checkpoint
-from experiments.training_stage import check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, validation_of
 
 # Benchmarks by execution: name in the config and the summary -> module and attribute of the Benchmark.
 EXECUTED = {"house_functions": ("kwaicoder_jax.evaluation.house_functions", "HouseFunctions")}

@@ -6,13 +6,13 @@ python -m experiments.pipeline --config=configs/demo.py --workdir=runs/demo
 import importlib
 
 from absl import flags
-from kwaicoder_jax.errors import UserError
 
 from experiments import command
 from experiments.contract import Stage
 from experiments.contract import run as run_stage
 from experiments.display import Display
 from experiments.stopping import Stop
+from kwaicoder_jax.errors import UserError
 
 STAGES = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
 

@@ -5,10 +5,9 @@ python -m experiments.prepare_data --config=configs/demo.py --workdir=runs/demo
 
 from typing import Any
 
-from kwaicoder_jax import data
-
 from experiments.command import main
 from experiments.contract import Context, Stage
+from kwaicoder_jax import data
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import functools
 from typing import Any
 
 import jax
-from kwaicoder_jax import models, training
 
 from experiments.command import main
 from experiments.contract import Context, Stage
 from experiments.training_stage import Run, corpus_of, mesh_of, runtime_of, train
+from kwaicoder_jax import models, training
 
 
 def run(context: Context) -> dict[str, Any]:

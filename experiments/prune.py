@@ -6,7 +6,6 @@ python -m experiments.prune --config=configs/demo.py --workdir=runs/demo
 from typing import Any
 
 import jax
-from kwaicoder_jax import checkpoints, data, models, training, transforms
 
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
@@ -20,6 +19,7 @@ from experiments.training_stage import (
     runtime_of,
     validation_of,
 )
+from kwaicoder_jax import checkpoints, data, models, training, transforms
 
 
 def run(context: Context) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from kwaicoder_jax import checkpoints, data, models, training
-from kwaicoder_jax.errors import UserError
 
 from experiments.contract import Context
 from experiments.stopping import Stopped
+from kwaicoder_jax import checkpoints, data, models, training
+from kwaicoder_jax.errors import UserError
 
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:

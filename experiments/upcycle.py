@@ -6,11 +6,11 @@ python -m experiments.upcycle --config=configs/demo.py --workdir=runs/demo
 from typing import Any
 
 import jax
-from kwaicoder_jax import checkpoints, models, training, transforms
 
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, validation_of
+from kwaicoder_jax import checkpoints, models, training, transforms
 
 
 def run(context: Context) -> dict[str, Any]:

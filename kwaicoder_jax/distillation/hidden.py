@@ -53,8 +53,11 @@ def hidden_loss(
         energy_P = jnp.sum(mask_1BT * jnp.sum(jnp.square(teacher_PBTC), -1), axis=(1, 2))
         return jnp.mean(error_P / jnp.maximum(energy_P, 1e-20))
     if kind == "cosine":
-        dot = jnp.sum(projected_PBTC * teacher_PBTC, -1)
-        norms = jnp.linalg.norm(projected_PBTC, axis=-1) * jnp.linalg.norm(teacher_PBTC, axis=-1)
-        distance_PBT = 1.0 - dot / jnp.maximum(norms, 1e-20)
+        distance_PBT = 1.0 - jnp.sum(_unit(projected_PBTC) * _unit(teacher_PBTC), -1)
         return jnp.mean(jnp.sum(mask_1BT * distance_PBT, axis=(1, 2))) / jnp.maximum(jnp.sum(mask_BT), 1.0)
     raise UserError(f"no loss {kind!r}", where="distill.hidden_loss", remedy="mse or cosine")
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """`x` over its length along the last axis; zero, with a gradient that is not NaN, where it is zero."""
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-20))

@@ -12,6 +12,8 @@ from kwaicoder_jax import models
 from kwaicoder_jax.distillation.hidden import hidden_loss, selection_matrix
 from kwaicoder_jax.distillation.logits import forward_kl
 
+ROUNDING = 1e-6  # a relative distance below this is float32 noise: a weight that balances it would amplify noise
+
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig:
@@ -77,7 +79,7 @@ def distillation_loss(
     loss, metrics = kl, {"loss": kl, "tokens": jnp.sum(mask_BT)}
     if config.hidden:
         distance = _hidden_distance(trainable["projections"], output, guide, pairs, mask_BT, config.hidden_loss)
-        alpha = jax.lax.stop_gradient(kl / jnp.maximum(distance, 1e-12))
+        alpha = jax.lax.stop_gradient(kl / jnp.maximum(distance, ROUNDING))
         loss += alpha * distance
         metrics |= {"hidden_loss": distance, "hidden_weight": alpha}
     if config.cross_entropy:

@@ -69,5 +69,9 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
             assert records(one / stage) == records(other / stage), stage
     for stage in ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate"):
         assert summary(one / stage) == summary(other / stage), stage
-    for name in ("evaluate/infilling.jsonl", "evaluate/samples_house_functions.jsonl", "prepare_data/corpus/manifest.json"):
+    for name in (
+        "evaluate/infilling.jsonl",
+        "evaluate/samples_house_functions.jsonl",
+        "prepare_data/corpus/manifest.json",
+    ):
         assert (one / name).read_text() == (other / name).read_text(), name

@@ -66,7 +66,11 @@ def copy_stage(finished, workdir, *names: str) -> None:
 
 def test_sigterm_in_training_saves_the_step_and_exits_0(finished, tmp_path):
     copy_stage(finished, tmp_path, "prepare_data")
-    arguments = ("--config.pretrain.steps=4000", "--config.pretrain.save_every=4000", "--config.pretrain.eval_every=4000")
+    arguments = (
+        "--config.pretrain.steps=4000",
+        "--config.pretrain.save_every=4000",
+        "--config.pretrain.eval_every=4000",
+    )
     process = commands.start("pretrain", tmp_path, *arguments)
     wait_for_step(tmp_path / "pretrain", 3, process)
     process.send_signal(signal.SIGTERM)
@@ -74,7 +78,8 @@ def test_sigterm_in_training_saves_the_step_and_exits_0(finished, tmp_path):
     assert process.returncode == 0, output
     assert "goes on from here" in output
     saved = [int(path.name) for path in (tmp_path / "pretrain" / "checkpoints").iterdir() if path.name.isdigit()]
-    assert saved and saved[0] >= 3
+    assert saved
+    assert saved[0] >= 3
     last = json.loads((tmp_path / "pretrain" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == saved[0]
 

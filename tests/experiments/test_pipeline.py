@@ -21,7 +21,9 @@ def test_upcycling_in_the_recipe_is_lossless(finished):
     summary = commands.summary(finished / "upcycle")
     assert summary["max_relative_logit_error"] <= 1e-5
     assert abs(summary["valid_loss_moe"] - summary["valid_loss_dense"]) <= 1e-5
-    assert commands.summary(finished / "cpt")["valid_loss_start"] == pytest.approx(summary["valid_loss_dense"], abs=1e-5)
+    assert commands.summary(finished / "cpt")["valid_loss_start"] == pytest.approx(
+        summary["valid_loss_dense"], abs=1e-5
+    )
 
 
 def test_summary_keys_are_documented(finished):

@@ -12,7 +12,8 @@ from kwaicoder_jax.distillation import DistillConfig
 
 TEACHER = testing.dense_config()
 STUDENT = testing.dense_config(layers=2, model_dim=20, mlp_dim=28, heads=4)
-PAIRS = [(0, 0), (1, 2)]
+PAIRS = ((0, 0), (1, 2))
+ALL = DistillConfig(temperature=2.0, cross_entropy=0.3)
 KEPT = np.random.default_rng(0).permutation(32)[:20].tolist()
 CLOSE = {"rtol": 2e-4, "atol": 2e-5}  # float32 gradients through the whole model, sums in another order
 
@@ -29,9 +30,10 @@ def loss(tree, batch, teacher, config, *, student=STUDENT, teacher_config=TEACHE
     return distillation.distillation_loss(tree, batch, teacher, **options, runtime=models.Runtime())
 
 
-# The configs are dataclasses that jit can hash; the pairs are a list, so the function closes over them.
+@functools.cache
 def value_and_grad(config, **options):
-    return jax.jit(jax.value_and_grad(functools.partial(loss, config=config, **options), has_aux=True))
+    """(value, metrics), gradients by trainable and teacher; compiled once per config, which is what takes the time."""
+    return jax.jit(jax.value_and_grad(functools.partial(loss, config=config, **options), (0, 2), has_aux=True))
 
 
 def parts(tree, batch, teacher, *, temperature=1.0, student=STUDENT, teacher_config=TEACHER):
@@ -58,7 +60,7 @@ def setting():
 
 
 def test_value_metrics_and_the_dynamic_weight(setting):
-    (value, metrics), _ = value_and_grad(DistillConfig(temperature=2.0, cross_entropy=0.3))(*setting[:2], setting[2])
+    (value, metrics), _ = value_and_grad(ALL)(*setting)
     kl, hidden, labels = (float(x) for x in parts(*setting, temperature=2.0))
     assert set(metrics) == {"loss", "tokens", "hidden_loss", "hidden_weight", "cross_entropy"}
     np.testing.assert_allclose(metrics["loss"], kl, rtol=1e-5)
@@ -71,14 +73,14 @@ def test_value_metrics_and_the_dynamic_weight(setting):
 
 def test_the_dynamic_weight_carries_no_gradient(setting):
     tree, batch, teacher = setting
-    kl, hidden, _ = (float(x) for x in parts(*setting))
+    kl, hidden, _ = (float(x) for x in parts(*setting, temperature=2.0))
 
     def with_constant_weight(tree):
-        a, b, labels = parts(tree, batch, teacher)
+        a, b, labels = parts(tree, batch, teacher, temperature=2.0)
         return a + kl / hidden * b + 0.3 * labels
 
     expected = jax.jit(jax.grad(with_constant_weight))(tree)
-    _, got = value_and_grad(DistillConfig(cross_entropy=0.3))(*setting)
+    _, (got, _) = value_and_grad(ALL)(*setting)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)
     # With its gradient, alpha * hidden would be the KL again: the projections would get none.
@@ -86,7 +88,7 @@ def test_the_dynamic_weight_carries_no_gradient(setting):
 
 
 def test_without_hidden_states_and_labels_it_is_the_kl_alone(setting):
-    (value, metrics), gradients = value_and_grad(DistillConfig(hidden=False))(*setting)
+    (value, metrics), (gradients, _) = value_and_grad(DistillConfig(hidden=False))(*setting)
     assert set(metrics) == {"loss", "tokens"}
     assert value == metrics["loss"]
     np.testing.assert_allclose(value, parts(*setting)[0], rtol=1e-5)
@@ -96,11 +98,10 @@ def test_without_hidden_states_and_labels_it_is_the_kl_alone(setting):
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 def test_a_student_that_is_the_teacher_has_nothing_to_learn(setting, kind):
     _, batch, teacher = setting
-    pairs = [(i, i) for i in range(TEACHER.layers)]
+    pairs = tuple((i, i) for i in range(TEACHER.layers))
     tree = {**trainable(TEACHER, pairs, range(32), noise=0), "model": teacher}
-    (value, metrics), gradients = value_and_grad(DistillConfig(hidden_loss=kind), student=TEACHER, pairs=pairs)(
-        tree, batch, teacher
-    )
+    function = value_and_grad(DistillConfig(hidden_loss=kind), student=TEACHER, pairs=pairs)
+    (value, metrics), gradients = function(tree, batch, teacher)
     np.testing.assert_allclose([value, metrics["loss"], metrics["hidden_loss"]], 0, atol=1e-6)
     for gradient in jax.tree.leaves(gradients):
         np.testing.assert_allclose(gradient, 0, atol=1e-5)
@@ -108,19 +109,16 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(setting, kind):
 
 def test_masked_targets_and_the_teacher_get_no_gradient(setting):
     tree, batch, teacher = setting
-    config = DistillConfig(cross_entropy=1.0)
-    by_teacher = jax.jit(jax.grad(lambda t: loss(tree, batch, t, config)[0]))(teacher)
-    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(by_teacher))
     other = {**batch, "targets": np.where(batch["loss_mask"] > 0, batch["targets"], 96).astype(np.int32)}
-    function = value_and_grad(config)
-    a, b = function(tree, batch, teacher), function(tree, other, teacher)
+    a, b = (value_and_grad(ALL)(tree, each, teacher) for each in (batch, other))
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(a[1][1]))
     assert all((np.asarray(x) == np.asarray(y)).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
 
 
 def test_a_batch_without_targets_gives_zero(setting):
     tree, batch, teacher = setting
     empty = {**batch, "loss_mask": np.zeros_like(batch["loss_mask"])}
-    (value, _), gradients = value_and_grad(DistillConfig(cross_entropy=1.0))(tree, empty, teacher)
+    (value, _), gradients = value_and_grad(ALL)(tree, empty, teacher)
     assert value == 0
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(gradients))
 
@@ -128,11 +126,11 @@ def test_a_batch_without_targets_gives_zero(setting):
 def test_mixtures_teach_and_learn():
     moe = testing.moe_config()
     params, batch = testing.random_params(moe), testing.random_batch(moe, 2, 12)
-    pairs = [(i, i) for i in range(moe.layers)]
+    pairs = tuple((i, i) for i in range(moe.layers))
     for student, teacher in ((moe, TEACHER), (TEACHER, moe)):
         guide = params if teacher is moe else testing.random_params(TEACHER)
         tree = trainable(student, pairs, range(32), noise=0)
         function = value_and_grad(DistillConfig(), student=student, teacher_config=teacher, pairs=pairs)
-        (value, metrics), gradients = function(tree, batch, guide)
+        (value, metrics), (gradients, _) = function(tree, batch, guide)
         np.testing.assert_allclose(value, 2 * metrics["loss"], rtol=1e-5)
         assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients["model"]))

@@ -87,7 +87,9 @@ def assert_same_logits(model, params, config):
 def test_llama(kv_heads, tied):
     if not tied and kv_heads != 2:
         pytest.skip("one layout is enough for the untied head")
-    config = testing.dense_config(model_dim=36, kv_heads=kv_heads, tie_embeddings=tied, rope_theta=1e5, norm_epsilon=1e-5)
+    config = testing.dense_config(
+        model_dim=36, kv_heads=kv_heads, tie_embeddings=tied, rope_theta=1e5, norm_epsilon=1e-5
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**common_fields(config)))
     assert_same_logits(model, testing.random_params(config), config)
 
