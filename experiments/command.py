@@ -84,6 +84,8 @@ def parse(argv: list[str]) -> None:
     """Parses absl flags and config overrides; whatever is wrong with them becomes one UserError."""
     try:
         rest = flags.FLAGS(argv)
+        if (config := flags.FLAGS["config"].value) is not None:
+            config.to_dict()  # a config file that cannot be loaded says so only here
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
         raise UserError(*_explain(argv, error)) from error
     if len(rest) > 1:
@@ -111,7 +113,10 @@ def _explain(argv: list[str], error: Exception) -> tuple[str]:
                     fields = sorted(place) if isinstance(place, ConfigDict) else []
                     return (f"config.{name}: no such field {part!r}; the fields here are {', '.join(fields)}",)
                 place = place[part]
-    return (" ".join(str(error).split()) or type(error).__name__,)
+    return (" ".join(str(error).removeprefix(_LATE).split()) or type(error).__name__,)
+
+
+_LATE = "Configuration is not available because of an earlier failure to load: "  # ml_collections says no more than this
 
 
 def _load(named: str) -> ConfigDict | None:
