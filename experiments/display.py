@@ -26,39 +26,51 @@ class Display:
         self.console.print(f"{self._prefix}{text}", markup=False)
 
     @contextlib.contextmanager
-    def progress(self, total: int, unit: str, done: int = 0) -> Iterator[Callable[..., None]]:
-        """Yields `update(done, note="")`; shows rate and time left."""
+    def progress(self, total: int, unit: str) -> Iterator[Callable[..., None]]:
+        """Yields `update(done, note="")`; shows rate and time left, measured from the first update on."""
+        pace = _Pace(total)
         if not self.console.is_terminal:
-            yield _PlainProgress(self, total, unit, done).update
+            yield _PlainProgress(self, pace, unit).update
             return
         rate = TextColumn("{task.fields[rate]:.1f} {task.fields[unit]}/s {task.fields[note]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
-        began, first = time.monotonic(), done
         with Progress(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(self._prefix.rstrip(": "), total=total, completed=done, rate=0.0, unit=unit, note="")
+            task = bars.add_task(self._prefix.rstrip(": "), total=total, rate=0.0, unit=unit, note="")
 
             def update(now: int, note: str = "") -> None:
-                rate = (now - first) / max(time.monotonic() - began, 1e-9)
-                bars.update(task, completed=now, rate=rate)
+                bars.update(task, completed=now, rate=pace.rate(now))
                 if note:
                     bars.update(task, note=note)
 
             yield update
 
 
+class _Pace:
+    """Units per second since the first update: work that was resumed or compiled before does not count."""
+
+    def __init__(self, total: int):
+        self.total = total
+        self._first: tuple[float, int] | None = None
+
+    def rate(self, done: int) -> float:
+        now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
+        began, first = self._first
+        return (done - first) / max(now - began, 1e-9)
+
+
 class _PlainProgress:
-    def __init__(self, display: Display, total: int, unit: str, done: int):
-        self._display, self._total, self._unit, self._first = display, total, unit, done
-        self._began = self._last = time.monotonic()
-        self._note = ""
+    def __init__(self, display: Display, pace: _Pace, unit: str):
+        self._display, self._pace, self._unit = display, pace, unit
+        self._last, self._note = time.monotonic(), ""
 
     def update(self, done: int, note: str = "") -> None:
-        now = time.monotonic()
         self._note = note or self._note
-        if now - self._last < LINE_SECONDS and done < self._total:
+        rate, total, now = self._pace.rate(done), self._pace.total, time.monotonic()
+        if now - self._last < LINE_SECONDS and done < total:
             return
         self._last = now
-        rate = (done - self._first) / max(now - self._began, 1e-9)
-        left = (self._total - done) / rate if rate > 0 else 0.0
-        text = f"{done}/{self._total} {self._unit}, {rate:.1f}/s, {left:.0f} s left"
+        left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        text = f"{done}/{total} {self._unit}{left}"
         self._display.line(f"{text}; {self._note}" if self._note else text)

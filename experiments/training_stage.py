@@ -136,9 +136,10 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
     make_state = functools.partial(training.make_state, optimizer=optimizer)
     initial = jax.jit(make_state, out_shardings=shardings)
     streams = context.config["loader"]["streams"]
-    loader = data.TrainingLoader(corpus, phases.data, seed=context.seed, streams=streams,
+    batches = data.TrainingLoader(corpus, phases.data, seed=context.seed, streams=streams,
                                  process_index=jax.process_index(), process_count=jax.process_count())  # fmt: skip
     intervals = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
+    loader = data.prefetch(batches)
     store = checkpoints.CheckpointStore(run.folder / "checkpoints")
     with context.stop.deferred(), context.display.progress(section["steps"], "steps") as update:
         note = _Note(label)
@@ -148,7 +149,7 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
             initial_state=lambda: initial(run.load()),
             abstract=training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
             frozen=run.frozen,
-            loader=data.prefetch(loader),
+            loader=loader,
             held_out=training.HeldOutLoss(run.model, validation_of(context, corpus), mesh, runtime_of(context)),
             store=store,
             folder=run.folder,
@@ -170,6 +171,7 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
         except training.Preempted:
             raise Stopped from None
         finally:
+            loader.close()
             store.close()
     return summarise(run.folder)
 
