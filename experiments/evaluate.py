@@ -22,7 +22,7 @@ EXECUTED = {"house_functions": ("kwaicoder_jax.evaluation.house_functions", "Hou
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Writes evaluate/samples_NAME.jsonl and evaluate/infilling.jsonl."""
+    """Writes evaluate/samples_NAME.jsonl, evaluate/outcomes_NAME.jsonl and evaluate/infilling.jsonl."""
     section = context.section
     chosen = [_benchmark(name) for name in section["benchmarks"] if name != "infilling"]
     if section.get("samples"):
@@ -75,6 +75,9 @@ def _score(context: Context, chosen: list[Any], samples: Callable[[Any], dict[st
         benchmarks.write_samples(context.folder / f"samples_{benchmark.name}.jsonl", completions)
         fewest = min(len(texts) for texts in completions.values())
         scores = benchmarks.score(benchmark, completions, sandbox, ks=sorted({1, fewest}))
+        benchmarks.write_outcomes(
+            context.folder / f"outcomes_{benchmark.name}.jsonl", benchmark, completions, scores.outcomes
+        )
         summary |= scores.summary()
         passed = sum(passed for _, passed in scores.counts.values())
         context.display.line(f"{benchmark.name}: {passed} samples passed, of {len(scores.counts)} tasks")

@@ -4,9 +4,12 @@
     FOLDER/checkpoints/STEP/train    optimizer state and whatever else training needs to go on (absent for transforms)
     FOLDER/checkpoints/STEP/meta     JSON: model config, tokenizer hash, data position, lineage, identity
 
-A step that was cut off by a crash is not listed: Orbax marks a step complete as its last act.
+A step that was cut off by a crash is not listed: Orbax gives a step its name as its last act, and a step that lost a
+file afterwards (a copy that was cut off, a deletion that was) is passed over.
 """
 
+import contextlib
+import json
 import logging
 import os
 from typing import Any
@@ -19,6 +22,11 @@ from kwaicoder_jax.errors import UserError
 
 Tree = Any
 META_FIELDS = ("model", "lineage", "identity")
+_LAST_FILES = {
+    "meta": ("metadata",),
+    "params": ("_METADATA", "manifest.ocdbt"),
+    "train": ("_METADATA", "manifest.ocdbt"),
+}
 
 
 class CheckpointStore:
@@ -33,17 +41,23 @@ class CheckpointStore:
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
-        return self._manager.latest_step()
+        return max(self._complete(), default=None)
 
     def save(self, step: int, params: Tree, meta: dict[str, Any], train: Tree | None = None) -> None:
         """Writes one step; it becomes visible whole or not at all. Saving a step again does nothing."""
-        if step in self._manager.all_steps():
+        complete = self._complete()
+        if step in complete:
             return
+        for broken in set(self._manager.all_steps()) - complete:  # Orbax would take it for the newest and save no other
+            self._manager.delete(broken)
         items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
         if train is not None:
             items["train"] = ocp.args.StandardSave(train)
         self._manager.save(step, args=ocp.args.Composite(**items))
         self._manager.wait_until_finished()
+
+    def _complete(self) -> set[int]:
+        return {step for step in self._manager.all_steps() if _is_complete(self.folder / str(step))}
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON description of one step."""
@@ -71,16 +85,14 @@ def find(place: str | os.PathLike[str]) -> epath.Path:
 
 def read_meta(place: str | os.PathLike[str]) -> dict[str, Any]:
     """The description of the newest complete checkpoint in a stage folder; UserError if it is not one of ours."""
-    store = CheckpointStore(find(place))
-    try:
-        step = store.latest_step()
-        meta = None if step is None else store.meta(step)
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        raise UserError(f"{place} holds no readable checkpoint ({type(error).__name__})") from error
-    finally:
-        store.close()
-    missing = [field for field in META_FIELDS if field not in (meta or {})]
-    if meta is None or missing:
+    with contextlib.closing(CheckpointStore(find(place))) as store:
+        step = _newest(store, place)
+        try:
+            meta = store.meta(step)
+        except (ValueError, FileNotFoundError, KeyError) as error:
+            raise UserError(f"{place} holds no readable checkpoint ({type(error).__name__})") from error
+    missing = [field for field in META_FIELDS if not isinstance(meta, dict) or field not in meta]
+    if missing:
         raise UserError(
             f"{place} is not a checkpoint of this program (no {', '.join(missing)})",
             remedy="name a stage folder, as in runs/demo/distill",
@@ -90,15 +102,28 @@ def read_meta(place: str | os.PathLike[str]) -> dict[str, Any]:
 
 def read_params(place: str | os.PathLike[str], abstract: Tree) -> Tree:
     """The parameters of the newest complete checkpoint, in the shapes, dtypes and shardings of `abstract`."""
-    store = CheckpointStore(find(place))
+    with contextlib.closing(CheckpointStore(find(place))) as store:
+        step = _newest(store, place)
+        try:
+            return store.restore(step, "params", on_device(abstract))
+        except (ValueError, FileNotFoundError, KeyError) as error:
+            raise UserError(f"{place} does not fit its own model config: {str(error).splitlines()[0]}") from error
+
+
+def _newest(store: CheckpointStore, place: str | os.PathLike[str]) -> int:
+    step = store.latest_step()
+    if step is None:
+        raise UserError(f"{place} holds no complete checkpoint", remedy="copy it again, or run its stage again")
+    return step
+
+
+def _is_complete(step: epath.Path) -> bool:
+    """Whether every item that the step's own description lists has the files that are written last."""
     try:
-        step = store.latest_step()
-        assert step is not None, place
-        return store.restore(step, "params", on_device(abstract))
-    except ValueError as error:
-        raise UserError(f"{place} does not fit its own model config: {str(error).splitlines()[0]}") from error
-    finally:
-        store.close()
+        items = json.loads((step / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+    return all((step / item / name).exists() for item in items for name in _LAST_FILES.get(item, ()))
 
 
 def on_device(abstract: Tree) -> Tree:

@@ -178,6 +178,27 @@ def write_samples(target: str | os.PathLike[str], completions: Mapping[str, Sequ
     files.write_text(target, "".join(json.dumps(line) + "\n" for line in lines))
 
 
+def write_outcomes(
+    target: str | os.PathLike[str],
+    benchmark: Benchmark,
+    completions: Mapping[str, Sequence[str]],
+    outcomes: Mapping[str, Sequence[Outcome]],
+) -> None:
+    """Writes how each sample ended: one {"task_id", "prompt", "completion", "status", "detail"} a line.
+
+    The completion is what was run: cut at the task's stop strings. What depends on the machine's speed (seconds) is
+    left out, so that equal samples give equal files.
+    """
+    tasks = {task.task_id: task for task in benchmark.tasks()}
+    lines = [
+        {"task_id": name, "prompt": tasks[name].prompt, "completion": truncate(text, tasks[name].stops),
+         "status": outcome.status, "detail": outcome.detail}
+        for name, texts in completions.items()
+        for text, outcome in zip(texts, outcomes[name], strict=True)
+    ]  # fmt: skip
+    files.write_text(target, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 def read_samples(source: str | os.PathLike[str]) -> dict[str, list[str]]:
     """Reads what `write_samples` or another harness wrote.
 

@@ -18,7 +18,14 @@ def last_logits(params: Any, hidden_BTD: jax.Array) -> jax.Array:
 
 
 def prefill(
-    params: Any, config: ModelConfig, tokens_BT: jax.Array, lengths_B: jax.Array, slots: int, runtime: Runtime
+    params: Any,
+    config: ModelConfig,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    *,
+    slots: int,
+    runtime: Runtime,
+    chunk: int = PREFILL_CHUNK,
 ) -> tuple[jax.Array, Cache]:
     """Runs prompts that are padded on the left to one length.
 
@@ -29,6 +36,7 @@ def prefill(
       lengths_B: prompt lengths; 0 is a row without a prompt, whose results mean nothing.
       slots: size of the cache to make, at least T plus the tokens to be generated.
       runtime: how to compute it.
+      chunk: queries per step; a T that it does not divide runs in one.
 
     Returns:
       Logits of the token after each prompt [B, V], and the cache, with its next free slot at T.
@@ -37,13 +45,14 @@ def prefill(
     offsets_BT = jnp.arange(time, dtype=jnp.int32)[None, :] - (time - lengths_B)[:, None]
     segments_BT = (offsets_BT >= 0).astype(jnp.int32)
     positions_BT = jnp.maximum(offsets_BT, 0)
-    chunk = PREFILL_CHUNK if time % PREFILL_CHUNK == 0 else time
+    chunk = chunk if time % chunk == 0 else time
 
     def step(index: jax.Array, carry: tuple[jax.Array, Cache]) -> tuple[jax.Array, Cache]:
         here = [
             jax.lax.dynamic_slice_in_dim(a, index * chunk, chunk, 1) for a in (tokens_BT, positions_BT, segments_BT)
         ]
         output = models.forward(params, config, *here, runtime=runtime, cache=carry[1])
+        assert output.cache is not None
         return output.hidden_BTD[:, -1:], output.cache
 
     hidden_BTD = jnp.zeros((batch, 1, config.model_dim), config.dtype)
@@ -84,7 +93,8 @@ def decode(
     Returns:
       New tokens [B, max_new_tokens], and how many of them count per row [B]: those before its stop token.
     """
-    logits_BV, cache = prefill(params, config, tokens_BT, lengths_B, tokens_BT.shape[1] + max_new_tokens, runtime)
+    slots = tokens_BT.shape[1] + max_new_tokens
+    logits_BV, cache = prefill(params, config, tokens_BT, lengths_B, slots=slots, runtime=runtime)
 
     def draw(logits_BV: jax.Array, step: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         """The token at `step`, written down for the rows that go on."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.inference.decode import decode
+from kwaicoder_jax.inference.decoding import decode
 from kwaicoder_jax.models import ModelConfig, Runtime
 
 SMALLEST_BUCKET = 32  # tokens; below it another compiled program costs more than the padding

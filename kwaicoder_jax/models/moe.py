@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from kernels import grouped_matmul, routing
 from kwaicoder_jax.models.config import ExpertsConfig, ModelConfig, Router, Runtime
+from kwaicoder_jax.models.expert_sharding import on_each_shard, token_mesh
 from kwaicoder_jax.models.layers import declare
 from kwaicoder_jax.models.statistics import record
 
@@ -30,7 +31,10 @@ class RouterStatistics:
     confidence: jax.Array
 
 
-def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
+Choice = tuple[jax.Array, jax.Array, jax.Array]  # combine weights, expert indices, routing probabilities
+
+
+def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig) -> Choice:
     """Selects X experts per token from float32 logits; among equal logits the lowest index wins.
 
     Returns:
@@ -91,10 +95,16 @@ class MoE(nn.Module):
         logits_ME = jnp.einsum(
             "MD,DE->ME", x_MD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
-        weight_MX, index_MX, probability_ME = choose_experts(logits_ME, e)
-        order = routing.sort_by_expert(index_MX, e.num_experts)
-        backend = self.runtime.experts
-        y_MD = grouped_matmul.expert_mlp(x_MD, weight_MX, order, gate_EDF, up_EDF, down_EFD, backend=backend)
+
+        def route_and_compute(logits_ME: jax.Array, x_MD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, Choice]:
+            choice = choose_experts(logits_ME, e)
+            order = routing.sort_by_expert(choice[1], e.num_experts)
+            y_MD = grouped_matmul.expert_mlp(x_MD, choice[0], order, *weights, backend=self.runtime.experts)
+            return y_MD, choice
+
+        mesh = token_mesh(x_BTD, x_BTD.shape[0])
+        y_MD, choice = on_each_shard(route_and_compute, mesh, logits_ME, x_MD, gate_EDF, up_EDF, down_EFD)
+        weight_MX, index_MX, probability_ME = choice
         mask_M = mask_BT.reshape(-1)
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
         record(self, "router", logits_ME.reshape(*mask_BT.shape, -1), mask_BT)

@@ -42,7 +42,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if sizes["data"] == -1 and len(devices) % fixed == 0:
+    if sizes["data"] == -1 and fixed > 0 and len(devices) % fixed == 0:
         sizes["data"] = len(devices) // fixed
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UserError(
@@ -91,6 +91,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Places this process's rows of a global batch; together the processes hold the whole batch."""
     sharding = batch_sharding(mesh)
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = jax.process_count() * min((len(value) for value in batch.values()), default=0)
+    if rows % shares:
+        raise UserError(
+            f"a batch of {rows} rows, which {shares} devices ({' * '.join(BATCH_AXES)}) cannot share", where="mesh",
+            remedy=f"use a batch size that is a multiple of {shares}",
+        )  # fmt: skip
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 

@@ -1,6 +1,7 @@
 """metrics.jsonl, one JSON object per logged step, with TensorBoard events beside it."""
 
 import json
+import math
 import os
 from typing import Any
 
@@ -32,10 +33,13 @@ class MetricsLog:
         temporary.replace(self.file)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes one record; it must hold "step". The line is in the file when this returns."""
+        """Writes one record; it must hold "step". The line is in the file when this returns.
+
+        JSON has no number for NaN and the infinities (a run that diverged): they are written as null, read as None.
+        """
         record = {key: _plain(value) for key, value in record.items()}
         with self.file.open("a") as out:
-            out.write(json.dumps(record) + "\n")
+            out.write(json.dumps(record, allow_nan=False) + "\n")
         for key, value in record.items():
             if isinstance(value, float):
                 self._events.add_scalar(key, value, record["step"])
@@ -47,10 +51,12 @@ class MetricsLog:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
-        return value.tolist()
+        value = value.tolist()
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
-    return value
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from kwaicoder_jax import models
+from kwaicoder_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +39,16 @@ def make_optimizer(
       config: constants.
       rate: learning rate as a function of the step.
       model: tells which parameters decay. Extras (projections) do not decay.
-      multipliers: learning-rate factor by parameter name, as in {"layers/moe/up": 2.0}; 1 where not named.
+      multipliers: learning-rate factor by parameter name, as in {"layers/moe/up": 2.0}; 1 where not named. It scales
+        the whole update, the weight decay with it, as a higher rate would.
     """
     multipliers = dict(multipliers or {})
     declared = models.declarations(model)
+    if unknown := sorted(set(multipliers) - set(declared)):
+        raise UserError(
+            f"{unknown[0]!r} is not a parameter of the model", where="optimizer.multipliers",
+            remedy=f"the parameters are {sorted(declared)}",
+        )  # fmt: skip
 
     def decay_mask(trainable: Any) -> Any:
         mask = jax.tree.map(lambda _: False, trainable)

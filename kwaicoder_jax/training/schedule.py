@@ -67,7 +67,8 @@ def join(phases: Sequence[PhaseRate]) -> Callable[[jax.Array], jax.Array]:
     def rate(step: jax.Array) -> jax.Array:
         value, first = jnp.zeros((), jnp.float32), 0
         for phase in phases:
-            value = jnp.where(step >= first, phase_rate(phase, step - first), value)
+            here = jnp.clip(step - first, 0, phase.steps)
+            value = jnp.where(step >= first, phase_rate(phase, here), value)
             first += phase.steps
         return value
 

@@ -11,7 +11,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "tests/experiments/tiny_config.py"
-RUN_KEYS = ("started_at", "seconds", "peak_rss_bytes", "tokens_per_second")  # of a run, not of its result
+RUN_KEYS = ("started_at", "git_commit", "seconds", "peak_rss_bytes", "tokens_per_second")  # of a run, not of its result
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:

@@ -109,6 +109,22 @@ def test_samples_file(tmp_path):
             benchmarks.read_samples(tmp_path / "bad.jsonl")
 
 
+def test_outcomes_file(box, tmp_path):
+    completions = {"two": ["    return 2\ndef g(", "    return 3\n"], "one": ["    return 1\n"]}
+    scores = benchmarks.score(Small(), completions, box, workers=2)
+    benchmarks.write_outcomes(tmp_path / "outcomes.jsonl", Small(), completions, scores.outcomes)
+    rows = [json.loads(line) for line in (tmp_path / "outcomes.jsonl").read_text().splitlines()]
+    assert [(row["task_id"], row["status"]) for row in rows] == [
+        ("two", "passed"),
+        ("two", "failed"),
+        ("one", "passed"),
+    ]
+    assert rows[0]["prompt"] == "def f():\n"
+    assert rows[0]["completion"] == "    return 2"  # as it was run
+    assert "AssertionError" in rows[1]["detail"]
+    assert all(set(row) == {"task_id", "prompt", "completion", "status", "detail"} for row in rows)
+
+
 def test_house_functions_are_sound(box):
     house = house_functions.HouseFunctions()
     tasks = house.tasks()

@@ -61,7 +61,7 @@ def test_count_of_a_published_model():
 def test_initialisation_scale():
     """Matrices of std `initializer_range`; those that write to the residual stream are smaller by sqrt(2 layers)."""
     config = testing.dense_config(model_dim=64, layers=4)
-    for name, leaf in models.flatten(models.init(config, jax.random.key(1))).items():
+    for name, leaf in models.flatten(jax.jit(models.init, static_argnums=0)(config, jax.random.key(1))).items():
         if name.endswith("scale"):
             np.testing.assert_array_equal(leaf, 1)
         else:

@@ -1,12 +1,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kwaicoder_jax import models, testing
 
 RNG = np.random.default_rng(0)
 HIDDEN, TABLE = RNG.standard_normal((3, 10, 8)).astype(np.float32), RNG.standard_normal((29, 8)).astype(np.float32)
 TARGETS, MASK = RNG.integers(0, 29, (3, 10), dtype=np.int32), (RNG.random((3, 10)) < 0.7).astype(np.float32)
+
+
+@pytest.fixture(autouse=True, params=[2**22, 250, 1])
+def chunk(request, monkeypatch):
+    """The time axis at once, in chunks that do not divide it, and one position at a time."""
+    monkeypatch.setattr("kwaicoder_jax.models.vocabulary._CHUNK", request.param)
 
 
 def reference(hidden, table):

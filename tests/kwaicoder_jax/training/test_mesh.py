@@ -1,0 +1,83 @@
+"""The mesh and its rules; a step on any mesh is the step on one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kwaicoder_jax import models, testing, training
+from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.training import MeshConfig
+from tests.kwaicoder_jax.training import devices, mesh_variants
+
+
+@pytest.fixture(scope="module")
+def found():
+    return devices.run("training.mesh_variants", 8)
+
+
+def test_a_step_on_any_mesh_is_the_step_on_one_device(found):
+    assert len(found["errors"]) == 5
+    for mesh, (metrics, gradients) in found["errors"].items():  # float32 sums in another order
+        assert metrics < 1e-5, mesh
+        assert gradients < 1e-5, mesh
+
+
+def test_every_parameter_is_split_along_the_axes_that_its_declaration_names(found):
+    halved = {"embed", "vocab", "heads", "kv_heads", "mlp", "experts", "expert_mlp"}
+    for kind, config in (("dense", mesh_variants.DENSE), ("moe", mesh_variants.MOE)):
+        for name, declaration in models.declarations(config).items():
+            expected = [n // 2 if axis in halved else n for n, axis in zip(declaration.shape, declaration.axes)]
+            assert found["shards"][kind][name] == expected, name
+    assert found["shards"]["moe"]["layers/moe/gate"] == [1, 3, 16, 12]  # written out: layer, experts, embed, neurons
+    assert found["shards"]["dense"]["layers/mlp/down"] == [1, 22, 16]
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [(MeshConfig(), [8, 1, 1, 1, 1]), (MeshConfig(fsdp=2, expert=2), [2, 2, 2, 1, 1]), (MeshConfig(2, 4), [2, 4, 1, 1, 1])],
+)  # fmt: skip
+def test_data_takes_what_the_others_leave(config, sizes):
+    mesh = training.make_mesh(config, jax.devices() * 8)
+    assert mesh.axis_names == ("data", "fsdp", "expert", "tensor", "context")
+    assert list(mesh.shape.values()) == sizes
+
+
+@pytest.mark.parametrize(
+    "config",
+    [MeshConfig(fsdp=3), MeshConfig(data=4), MeshConfig(tensor=16), MeshConfig(fsdp=0), MeshConfig(data=0),
+     MeshConfig(fsdp=-1), MeshConfig(fsdp=-2), MeshConfig(data=-8), MeshConfig(data=8, expert=-1)],
+)  # fmt: skip
+def test_sizes_that_do_not_multiply_to_the_devices_are_user_errors(config):
+    with pytest.raises(UserError, match=r"mesh: .*does not multiply to the 8 devices here; mesh.data=-1"):
+        training.make_mesh(config, jax.devices() * 8)
+
+
+def test_context_parallelism_is_refused():
+    with pytest.raises(UserError, match=r"mesh.context: .*use 1"):
+        training.make_mesh(MeshConfig(data=1, context=2), jax.devices() * 2)
+
+
+def test_two_axes_on_one_mesh_axis_are_refused():
+    mesh = training.make_mesh(MeshConfig(), jax.devices()[:1])
+    declaration = models.Declaration((4, 6), jnp.dtype("float32"), ("heads", "mlp"))
+    with pytest.raises(UserError, match=r"mesh rules: two axes of odd .*'heads', 'mlp'.*tensor"):
+        training.partition(declaration, mesh, "odd")
+
+
+def test_an_axis_that_devices_cannot_share_is_a_user_error():
+    mesh = training.make_mesh(MeshConfig(tensor=2, data=1), jax.devices() * 2)
+    with pytest.raises(UserError, match=r"mesh.tensor: embedding has 97 vocab, which 2 devices cannot share; choose"):
+        training.param_shardings(testing.dense_config(), mesh)
+
+
+def test_rows_that_devices_cannot_share_are_a_user_error():
+    mesh = training.make_mesh(MeshConfig(data=2, fsdp=2), jax.devices() * 4)
+    with pytest.raises(UserError, match=r"mesh: a batch of 6 rows, which 4 devices .*a multiple of 4"):
+        training.shard_batch({"inputs": np.zeros((6, 8), np.int32)}, mesh)
+
+
+def test_a_batch_lies_over_all_data_like_axes():
+    mesh = training.make_mesh(MeshConfig(2, 2, 2), jax.devices() * 8)
+    assert training.batch_sharding(mesh).shard_shape((16, 5)) == (2, 5)
+    assert training.replicated(mesh).shard_shape((16, 5)) == (16, 5)
