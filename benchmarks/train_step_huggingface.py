@@ -46,7 +46,7 @@ def build(shape: StepShape, threads: int) -> tuple[Callable[[int], float], dict[
 def _model(shape: StepShape, experts_implementation: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": shape.vocab_size,
         "hidden_size": shape.model_dim,
         "num_hidden_layers": shape.layers,
@@ -65,7 +65,6 @@ def _model(shape: StepShape, experts_implementation: str) -> Any:
         **sizes,
         num_local_experts=shape.experts,
         num_experts_per_tok=shape.experts_per_token,
-        experts_implementation=experts_implementation,
     )
     config._experts_implementation = experts_implementation
     return MixtralForCausalLM(config)

@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
 
     config = ConfigDict()
     config.seed = 0
-    config.stages = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate")
+    config.stages = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
     config.mesh = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
     config.runtime = {"remat": "none", "scan_unroll": 0, "attention": "auto", "experts": "auto"}
     config.loader = {"streams": 4}

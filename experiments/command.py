@@ -116,7 +116,9 @@ def _explain(argv: list[str], error: Exception) -> tuple[str]:
     return (" ".join(str(error).removeprefix(_LATE).split()) or type(error).__name__,)
 
 
-_LATE = "Configuration is not available because of an earlier failure to load: "  # ml_collections says no more than this
+_LATE = (
+    "Configuration is not available because of an earlier failure to load: "  # ml_collections says no more than this
+)
 
 
 def _load(named: str) -> ConfigDict | None:

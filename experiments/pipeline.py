@@ -14,7 +14,7 @@ from experiments.display import Display
 from experiments.stopping import Stop
 from kwaicoder_jax.errors import UserError
 
-STAGES = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate")
+STAGES = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
 
 
 def main() -> None:

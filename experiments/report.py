@@ -28,7 +28,7 @@ def run(context: Context) -> dict[str, Any]:
     target = context.workdir / "report.html"
     files.write_text(target, page)
     context.display.line(f"{target}: {len(material.stages)} stages")
-    return {"stages_reported": len(material.stages), "page_bytes": len(page.encode())}
+    return {"report_bytes": len(page.encode())}
 
 
 def _models(context: Context) -> dict[str, tuple[dict[str, Any], int, int]]:

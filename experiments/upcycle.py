@@ -10,7 +10,7 @@ import jax
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, validation_of
-from kwaicoder_jax import checkpoints, models, training, transforms
+from kwaicoder_jax import checkpoints, files, models, training, transforms
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -35,14 +35,13 @@ def run(context: Context) -> dict[str, Any]:
     store = checkpoints.CheckpointStore(context.folder / "checkpoints")
     store.save(0, moe, meta)
     store.close()
-    files_written = report.to_dict()
-    summary = {
+    files.write_json(context.folder / "verify.json", report.to_dict())
+    return {
         "params_total": models.count(moe_config),
         "params_active": models.count_active(moe_config),
         "lossless": record["lossless"],
-        **{key: value for key, value in files_written.items() if isinstance(value, int | float)},
+        **{key: value for key, value in report.to_dict().items() if isinstance(value, int | float)},
     }
-    return summary
 
 
 def inputs(context: Context) -> dict[str, str]:

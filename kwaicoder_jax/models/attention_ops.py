@@ -140,7 +140,8 @@ def _blocked_backward(
     product = dout_BKTGN.astype(jnp.float32) * out_BKTGN.astype(jnp.float32)
     delta_BKTG1 = jnp.sum(product, axis=-1, keepdims=True)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    dq, dk_BKNS, dv_BKNS = [], 0.0, 0.0
+    dq: list[jax.Array] = []
+    dk_BKNS = dv_BKNS = jnp.zeros((), jnp.float32)
     for first, end in _blocks(block, time):
         dout_BKRN, q_BKRN = _rows(dout_BKTGN, first, end), _rows(q_BKTGN, first, end)
         scores_BKRS = _block_scores(q_BKTGN, k_BKSN, masks, first, end)

@@ -27,7 +27,9 @@ def test_mixtures_name_sources_of_the_corpus(config):
 
 
 def test_fixed_names(config):
-    assert {"granularity", "replicas", "top_replicas", "router", "scale_placement", "allow_lossy"} <= set(config.upcycle)
+    assert {"granularity", "replicas", "top_replicas", "router", "scale_placement", "allow_lossy"} <= set(
+        config.upcycle
+    )
     assert {"layers", "model_dim", "mlp_dim", "heads", "kv_heads"} == set(config.prune.target)
     assert {"data", "fsdp", "expert", "tensor", "context"} == set(config.mesh)
     assert {"benchmarks", "data_dir", "num_samples", "samples"} <= set(config.evaluate)

@@ -70,8 +70,13 @@ def test_phases_without_a_step_are_refused(steps, shares):
 
 def test_a_signal_is_deferred_inside_a_loop_and_raised_after_it():
     stop = stopping.Stop()
-    with pytest.raises(stopping.Stopped), stop.deferred():
-        stop._handle(signal.SIGTERM, None)
-        assert stop.requested
+
+    def loop():
+        with stop.deferred():
+            stop._handle(signal.SIGTERM, None)
+            assert stop.requested
+
+    with pytest.raises(stopping.Stopped):
+        loop()
     with pytest.raises(stopping.Stopped):
         stop._handle(signal.SIGTERM, None)

@@ -1,6 +1,7 @@
 """The loss of every stage on one axis of tokens, as a whole and by source."""
 
 import itertools
+import math
 
 from kwaicoder_jax.evaluation.report import quantities as q
 from kwaicoder_jax.evaluation.report import runs
@@ -45,7 +46,7 @@ def _closer(segments: list[runs.Segment]) -> list[runs.Segment]:
 def _chart(material: Material, segments: list[runs.Segment], baseline: runs.Segment | None) -> Html:
     every = [p for s in [*segments, *([baseline] if baseline else [])] for p in s.valid]
     low = min((p[0] for s in segments for p in [*s.valid, *s.train]), default=0.0)
-    bottom, top = padded([p[1] for p in every or [p for s in segments for p in s.train]])
+    bottom, top = padded([y for _, y in every] + _within([y for s in segments for _, y in s.train]))
     top += 0.1 * (top - bottom)  # room for the names of the events
     plot = Plot(960, 400, (low, max(segments[-1].end, low + 1)), (bottom, top), margin=(58, 50, 20, 42))
     plot.axes("tokens trained on, all stages together", "loss (nats per token)", counts)
@@ -65,6 +66,12 @@ def _chart(material: Material, segments: list[runs.Segment], baseline: runs.Segm
         )
     plot.over(*_events(plot, material, segments))
     return plot.render("validation and training loss against tokens")
+
+
+def _within(train: list[float]) -> list[float]:
+    """What the frame must hold of the training losses: all but the highest hundredth, which a spike may be."""
+    finite = sorted(filter(math.isfinite, train))
+    return finite[: max(1, math.ceil(0.99 * len(finite)))]
 
 
 def _headings(plot: Plot, segment: runs.Segment, last: bool) -> None:
@@ -119,7 +126,7 @@ def _by_source(segments: list[runs.Segment], baseline: runs.Segment | None) -> H
 
 
 def _source(name: str, segments: list[runs.Segment], baseline: runs.Segment | None, x: Point, y: Point) -> Html:
-    plot = Plot(240, 190, x, y, margin=(28, 8, 14, 22))
+    plot = Plot(240, 190, x, y, margin=(40, 8, 14, 22))
     plot.axes("", "", counts)
     points = [segment.sources.get(name, []) for segment in segments]
     for before, after in itertools.pairwise(points):

@@ -31,9 +31,9 @@ pre.command { margin-bottom: 18px; white-space: pre-wrap; }
 details pre { max-height: 420px; overflow: auto; margin-top: 8px; }
 details { margin-top: 18px; } summary { cursor: pointer; }
 
-.flow { display: grid; grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); gap: 10px; list-style: none;
+.flow { display: grid; grid-template-columns: repeat(auto-fit, minmax(130px, 1fr)); gap: 8px; list-style: none;
   margin: 0; padding: 0; }
-.flow li { background: var(--panel); border-top: 3px solid var(--blue); padding: 8px 10px 10px; min-width: 0; }
+.flow li { background: var(--panel); border-top: 3px solid var(--blue); padding: 8px 8px 10px; min-width: 0; }
 .flow h3 { font-size: 13px; margin: 0; color: var(--muted); font-weight: 600; }
 .flow h3::before { content: counter(stage) ". "; counter-increment: stage; } .flow { counter-reset: stage; }
 .flow .figure { margin: 2px 0 8px; line-height: 1.25; }
@@ -41,7 +41,7 @@ details { margin-top: 18px; } summary { cursor: pointer; }
 .flow .figure span { font-size: 12px; color: var(--muted); }
 dl { margin: 0; } dd { margin: 0; font-variant-numeric: tabular-nums; }
 .flow dl { font-size: 12px; } .flow dd { margin-left: auto; } .flow dt { color: var(--muted); }
-.flow dl div { display: flex; flex-wrap: wrap; justify-content: space-between; column-gap: 6px; }
+.flow dl div { display: flex; flex-wrap: wrap; justify-content: space-between; column-gap: 4px; }
 
 .scroll { overflow-x: auto; margin-bottom: 10px; }
 table { border-collapse: collapse; font-size: 13.5px; }

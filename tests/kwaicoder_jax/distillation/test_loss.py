@@ -9,6 +9,7 @@ import pytest
 
 from kwaicoder_jax import distillation, models, testing
 from kwaicoder_jax.distillation import DistillConfig
+from tests.kwaicoder_jax.training import devices
 
 TEACHER = testing.dense_config()
 STUDENT = testing.dense_config(layers=2, model_dim=20, mlp_dim=28, heads=4)
@@ -33,11 +34,13 @@ def loss(tree, batch, teacher, config, *, student=STUDENT, teacher_config=TEACHE
 @functools.cache
 def value_and_grad(config, **options):
     """(value, metrics), gradients by trainable and teacher; compiled once per config, which is what takes the time."""
-    return jax.jit(jax.value_and_grad(functools.partial(loss, config=config, **options), (0, 2), has_aux=True))
+    return jax.jit(
+        jax.value_and_grad(functools.partial(loss, config=config, **options), (0, 2), has_aux=True),
+        compiler_options=devices.QUICK,
+    )
 
 
-@functools.partial(jax.jit, static_argnames="temperature")
-def parts(tree, batch, teacher, *, temperature):
+def plain_parts(tree, batch, teacher, *, temperature):
     """KL per token, mean relative squared error of embedding and layers, and cross-entropy per token, written plainly."""
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
     a = models.forward(tree["model"], STUDENT, *inputs, collect_layers=True)
@@ -53,6 +56,9 @@ def parts(tree, batch, teacher, *, temperature):
     hidden = sum(jnp.sum(weight * (x - y) ** 2) / jnp.sum(weight * y**2) for x, y in states) / len(states)
     labels = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
     return jnp.sum(mask * kl) / tokens, hidden, jnp.sum(mask * labels) / tokens
+
+
+parts = jax.jit(plain_parts, static_argnames="temperature", compiler_options=devices.QUICK)
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +83,10 @@ def test_the_dynamic_weight_carries_no_gradient(setting):
     kl, hidden, _ = (float(x) for x in parts(*setting, temperature=2.0))
 
     def with_constant_weight(tree):
-        a, b, labels = parts(tree, batch, teacher, temperature=2.0)
+        a, b, labels = plain_parts(tree, batch, teacher, temperature=2.0)
         return a + kl / hidden * b + 0.3 * labels
 
-    expected = jax.jit(jax.grad(with_constant_weight))(tree)
+    expected = jax.jit(jax.grad(with_constant_weight), compiler_options=devices.QUICK)(tree)
     _, (got, _) = value_and_grad(ALL)(*setting)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, **CLOSE)

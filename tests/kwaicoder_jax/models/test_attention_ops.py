@@ -74,7 +74,7 @@ def test_output_and_gradients(backend, time):
         np.testing.assert_allclose(np.sum(np.asarray(grad, np.float64) * directions[position]), expected, rtol=2e-4)
 
 
-@pytest.mark.parametrize("backend", AttentionBackend)
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
 def test_bfloat16(backend):
     q, k, v, segments, positions = packed_case(150)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (q, k, v))
@@ -82,12 +82,13 @@ def test_bfloat16(backend):
     def total(q, k, v):
         return jnp.sum(attend(q, k, v, jnp.asarray(segments), jnp.asarray(positions), backend).astype(jnp.float32) ** 2)
 
-    out = attend(q, k, v, jnp.asarray(segments), jnp.asarray(positions), backend)
+    out = jax.jit(attend, static_argnums=5)(q, k, v, segments, positions, backend)
     assert out.dtype == jnp.bfloat16
     # Values of order 1 with 8 bits of mantissa, weights and result both rounded.
     np.testing.assert_allclose(np.asarray(out, np.float64), reference(q, k, v, segments, positions), atol=0.03)
-    grads = jax.jit(jax.grad(total, (0, 1, 2)))(q, k, v)
-    exact = jax.grad(total, (0, 1, 2))(*(x.astype(jnp.float32) for x in (q, k, v)))
+    gradients = jax.jit(jax.grad(total, (0, 1, 2)))
+    grads = gradients(q, k, v)
+    exact = gradients(*(x.astype(jnp.float32) for x in (q, k, v)))
     for got, expected in zip(grads, exact):
         assert got.dtype == jnp.bfloat16
         error = np.linalg.norm(np.asarray(got, np.float32) - expected) / np.linalg.norm(expected)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import random
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,13 +76,14 @@ def held_out(params):
 def run(folder, config=CONFIG, **options):
     """One process: a fresh Loop on the folder. Returns the final state, the loader and what the store holds."""
     with contextlib.closing(checkpoints.CheckpointStore(folder / "checkpoints")) as store:
+        toy: Any = held_out
         loop = training.Loop(
             config=config, step=compiled(), initial_state=initial_state, abstract=abstract(), frozen=jnp.asarray(0.5),
-            loader=Numbers(), held_out=held_out, store=store, folder=folder, mesh=MESH, meta=META,
+            loader=Numbers(), held_out=toy, store=store, folder=folder, mesh=MESH, meta=META,
             flops_per_token=lambda length: FLOPS * length, **options,
         )  # fmt: skip
         state = loop.run()
-        return state, loop.loader, store.meta(store.latest_step())
+        return state, loop.loader, store.meta(store.latest_step() or 0)
 
 
 def records(folder):
@@ -161,7 +163,8 @@ def test_a_finished_run_does_nothing_more(tmp_path, whole):
 
 
 def test_what_is_logged_evaluated_and_saved_and_when(tmp_path, monkeypatch):
-    saved, steps = [], []
+    saved: list[int] = []
+    steps: list[int] = []
     original = checkpoints.CheckpointStore.save
 
     def save(self, step, *arguments):
@@ -169,7 +172,7 @@ def test_what_is_logged_evaluated_and_saved_and_when(tmp_path, monkeypatch):
         original(self, step, *arguments)
 
     monkeypatch.setattr(checkpoints.CheckpointStore, "save", save)
-    seen = []
+    seen: list[dict[str, Any]] = []
     run(tmp_path, on_record=seen.append, on_step=steps.append, phase_of=lambda step: 1 + (step >= 10))
     lines = records(tmp_path)
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 7, 14, 21, 23]

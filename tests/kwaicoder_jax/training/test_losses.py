@@ -10,6 +10,7 @@ import pytest
 from kwaicoder_jax import models, testing, training
 from kwaicoder_jax.models import RouterStatistics
 from kwaicoder_jax.training import BalanceConfig
+from tests.kwaicoder_jax.training import devices
 
 L, E, X = 3, 8, 2
 
@@ -63,7 +64,7 @@ def reference_loss(params, config, batch):
     return -(weight * logp[np.arange(len(logp)), batch["targets"][real]]).sum() / weight.sum()
 
 
-@functools.partial(jax.jit, static_argnames=("config", "balance"))
+@functools.partial(jax.jit, static_argnames=("config", "balance"), compiler_options=devices.QUICK)
 def loss_of(params, config, batch, balance):
     return training.language_model_loss(params, config, batch, runtime=models.Runtime(), balance=balance)
 

@@ -72,7 +72,7 @@ def test_matrices_decay_and_norm_scales_and_extras_do_not(kind):
         "layers/attention_norm/scale", "layers/mlp_norm/scale", "final_norm/scale"
     }  # fmt: skip
     tree = trainable(config)
-    optimizer = training.make_optimizer(OptimizerConfig(weight_decay=0.5), lambda step: 0.1, config)
+    optimizer = training.make_optimizer(OptimizerConfig(weight_decay=0.5), lambda step: jnp.asarray(0.1), config)
     updates = one_update(optimizer, jax.tree.map(lambda x: np.zeros_like(x), tree), tree)
     for name, update in flat(updates).items():
         factor = 0.0 if is_norm(name) or name == "projection" else -0.05
