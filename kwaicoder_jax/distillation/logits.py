@@ -77,18 +77,21 @@ def _scan(temperature, with_gradient, student_BTD, student_VD, teacher_BTC, teac
 
 
 def _piece(temperature, with_gradient, weights, student_BWD, teacher_BWC, mask_BW):
+    # Vocabulary first, as in models.vocabulary: the large matrix is then never a transposed operand, which XLA on CPU
+    # would copy before each product.
     student_VD, teacher_VC = weights
     scale = 1.0 / temperature
-    q_logits = jnp.einsum("BWD,VD->BWV", student_BWD, student_VD, preferred_element_type=jnp.float32) * scale
-    p_logits = jnp.einsum("BWC,VC->BWV", teacher_BWC, teacher_VC, preferred_element_type=jnp.float32) * scale
-    q_log, p_log = jax.nn.log_softmax(q_logits), jax.nn.log_softmax(p_logits)
-    p_BWV = jnp.exp(p_log)
-    value = temperature**2 * jnp.sum(mask_BW * jnp.sum(p_BWV * (p_log - q_log), axis=-1))
+    q_VBW = jnp.einsum("VD,BWD->VBW", student_VD, student_BWD, preferred_element_type=jnp.float32) * scale
+    p_VBW = jnp.einsum("VC,BWC->VBW", teacher_VC, teacher_BWC, preferred_element_type=jnp.float32) * scale
+    q_log_VBW, p_log_VBW = (jax.nn.log_softmax(logits_VBW, axis=0) for logits_VBW in (q_VBW, p_VBW))
+    value = temperature**2 * jnp.sum(mask_BW * jnp.sum(jnp.exp(p_log_VBW) * (p_log_VBW - q_log_VBW), axis=0))
     if not with_gradient:
         return value, None, None
-    d_logits = (temperature * mask_BW[:, :, None] * (jnp.exp(q_log) - p_BWV)).astype(student_BWD.dtype)
-    d_hidden = jnp.einsum("BWV,VD->BWD", d_logits, student_VD)
-    d_VD = jnp.einsum("BWV,BWD->VD", d_logits, student_BWD, preferred_element_type=jnp.float32)
+    d_logits = (temperature * mask_BW)[None] * (jnp.exp(q_log_VBW) - jnp.exp(p_log_VBW))
+    d_logits = d_logits.astype(student_BWD.dtype)
+    # No float32 result here: XLA on CPU has no bfloat16 product of that kind in this layout.
+    d_hidden = jnp.einsum("VD,VBW->DBW", student_VD, d_logits).transpose(1, 2, 0)
+    d_VD = jnp.einsum("VBW,BWD->VD", d_logits, student_BWD, preferred_element_type=jnp.float32)
     return value, d_hidden, d_VD
 
 

@@ -173,7 +173,7 @@ def test_what_is_logged_evaluated_and_saved_and_when(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoints.CheckpointStore, "save", save)
     seen: list[dict[str, Any]] = []
-    run(tmp_path, on_record=seen.append, on_step=steps.append, phase_of=lambda step: 1 + (step >= 10))
+    run(tmp_path, on_record=seen.append, on_step=steps.append, phase_of=lambda step: 1 + (step >= 9))
     lines = records(tmp_path)
     assert [line["step"] for line in lines if "valid_loss" in line] == [0, 7, 14, 21, 23]
     assert [line["step"] for line in lines if "loss" in line] == [1, 3, 6, 9, 12, 15, 18, 21, 23]
