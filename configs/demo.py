@@ -13,7 +13,7 @@ CODE, PACKAGES, KNOWLEDGE, MATHEMATICS = "standard_library", "installed_packages
 
 def phase(share: float, mixture: dict[str, float], fim_rate: float, rate: dict) -> ConfigDict:
     """One phase; `share` is its part of the stage's steps."""
-    shape = {"batch_size": 16, "sequence_length": 256}
+    shape = {"batch_size": 8, "sequence_length": 256}
     fim = {"rate": fim_rate, "spm_rate": 0.5, "unit": "mixed"}
     return ConfigDict({"share": share, **shape, "mixture": mixture, "fim": fim, "rate": rate})
 
@@ -25,7 +25,7 @@ def training(steps: int, phases: dict[str, ConfigDict]) -> dict:
         "steps": steps,
         "phases": phases,
         "optimizer": {"b1": 0.9, "b2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0},
-        "log_every": 5,
+        "log_every": 10,
         "eval_every": 50,
         "save_every": 50,
     }
@@ -64,18 +64,18 @@ def get_config() -> ConfigDict:
         "mlp_dim": 384,
     }
     config.pretrain = training(
-        260, {"phase1": phase(1.0, broad, 0.3, {"peak": 4e-3, "end": 4e-4, "warmup_share": 0.08, "law": "cosine"})}
+        500, {"phase1": phase(1.0, broad, 0.3, {"peak": 3e-3, "end": 2e-4, "warmup_share": 0.06, "law": "cosine"})}
     )
     config.prune = {
         "init_from": config_dict.placeholder(str),
-        "steps": 8,  # calibration batches
+        "steps": 16,  # calibration batches
         "calibration": phase(1.0, broad, 0.0, {"peak": 0.0}),
         "importance": {"batch": "l2", "sequence": "mean", "weight_aware": False},
         "norm_correction": True,
-        "target": {"layers": 5, "model_dim": 112, "mlp_dim": 288, "heads": 4, "kv_heads": 2},
+        "target": {"layers": 4, "model_dim": 96, "mlp_dim": 256, "heads": 4, "kv_heads": 2},
     }
     config.distill = training(
-        120, {"phase1": phase(1.0, broad, 0.3, {"peak": 2e-3, "end": 2e-4, "warmup_share": 0.05, "law": "cosine"})}
+        80, {"phase1": phase(1.0, broad, 0.3, {"peak": 2e-3, "end": 2e-4, "warmup_share": 0.05, "law": "cosine"})}
     ) | {
         "teacher": "pretrain",
         "loss": {"temperature": 1.0, "hidden": True, "hidden_loss": "mse", "cross_entropy": 0.0},
@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
         "allow_lossy": False,
     }
     config.cpt = training(
-        150,
+        200,
         {
             "phase1": phase(0.5, broad, 0.5, {"peak": 1.5e-3, "warmup_share": 0.1, "law": "constant"}),
             "phase2": phase(0.3, quality, 0.5, {"peak": 1.5e-3, "end": 7e-4, "law": "cosine"}),

@@ -15,7 +15,7 @@ DENSE = testing.dense_config(vocab_size=94, layers=1, heads=4, kv_heads=2, mlp_d
 MOE = DENSE.replace(experts=models.ExpertsConfig(6, 2, 24))
 MESHES = {
     "dense": [MeshConfig(data=4), MeshConfig(data=2, fsdp=2), MeshConfig(tensor=2)],
-    "moe": [MeshConfig(data=1, expert=2), MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
+    "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
 }
 
 

@@ -38,8 +38,9 @@ def is_norm(name):
     return name.endswith("norm/scale")
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-@pytest.mark.parametrize("scale", [1.0, 1e-6])  # norms of 100s, clipped; and tiny, where epsilon decides
+@pytest.mark.parametrize(
+    ("kind", "scale"), [("dense", 1.0), ("moe", 1e-6)]
+)  # clipped; and so small that epsilon decides
 def test_six_steps_follow_torch(kind, scale):
     constants = OptimizerConfig(epsilon=1e-7, weight_decay=0.3, clip_norm=0.5)
     tree = trainable(CONFIGS[kind])
