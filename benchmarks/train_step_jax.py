@@ -29,7 +29,7 @@ def build(shape: StepShape, threads: int) -> tuple[Callable[[int], float], dict[
     from kwaicoder_jax.training.step import make_step
 
     config = model_config(shape)
-    runtime, balance = models.Runtime(), BalanceConfig(load=0.0, z=0.0)
+    runtime, balance = models.Runtime(scan_unroll=0), BalanceConfig(load=0.0, z=0.0)  # as in configs/demo.py
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
         del frozen

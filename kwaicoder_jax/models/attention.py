@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kwaicoder_jax.models.attention_ops import dot_product_attention
 from kwaicoder_jax.models.config import ModelConfig, Runtime
-from kwaicoder_jax.models.layers import declare, rotary
+from kwaicoder_jax.models.layers import declare, project, rotary
 from kwaicoder_jax.models.statistics import record
 
 
@@ -56,11 +56,9 @@ class Attention(nn.Module):
         out_shape = (c.heads, c.head_dim, c.model_dim)
         out_HND = declare(self, "out", out_shape, ("heads", "head_dim", "embed"), out_init, c.param_dtype)
 
-        q_BTHN = jnp.einsum("BTD,DHN->BTHN", x_BTD, query_DHN.astype(c.dtype))
-        k_BSKN = jnp.einsum("BTD,DKN->BTKN", x_BTD, key_DKN.astype(c.dtype))
-        v_BSKN = jnp.einsum("BTD,DKN->BTKN", x_BTD, value_DKN.astype(c.dtype))
-        q_BTHN = rotary(q_BTHN, tokens.positions_BT, c.rope_theta)
-        k_BSKN = rotary(k_BSKN, tokens.positions_BT, c.rope_theta)
+        q_BTHN = rotary(project(x_BTD, query_DHN), tokens.positions_BT, c.rope_theta)
+        k_BSKN = rotary(project(x_BTD, key_DKN), tokens.positions_BT, c.rope_theta)
+        v_BSKN = project(x_BTD, value_DKN)
         if layer_cache is not None:
             assert tokens.index is not None
             start = (0, tokens.index, 0, 0)
@@ -78,5 +76,5 @@ class Attention(nn.Module):
             backend=self.runtime.attention,
         )
         record(self, "heads", jnp.linalg.norm(mixed_BTHN.astype(jnp.float32), axis=-1), tokens.segments_BT > 0)
-        y_BTD = jnp.einsum("BTHN,HND->BTD", mixed_BTHN, out_HND.astype(c.dtype))
+        y_BTD = project(mixed_BTHN, out_HND, inner=2)
         return y_BTD, (None if layer_cache is None else (k_BSKN, v_BSKN))

@@ -1,5 +1,6 @@
 """The small modules that attention and MLP stand on: declared parameters, RMSNorm, rotary embedding, dense SwiGLU."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,17 @@ def declare(
     """
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
     return value  # Linen unboxes it
+
+
+def project(x: jax.Array, weight: jax.Array, inner: int = 1) -> jax.Array:
+    """Contracts the last `inner` axes of `x` with the first `inner` axes of `weight`, as one product of two matrices.
+
+    The naive equivalent is an einsum over [B, T, ...]; the gradient of the weight then contracts two axes at once, which
+    XLA on CPU does at less than half the speed of the flat product.
+    """
+    outer, last = x.shape[: x.ndim - inner], weight.shape[inner:]
+    depth = math.prod(weight.shape[:inner])
+    return (x.reshape(-1, depth) @ weight.astype(x.dtype).reshape(depth, -1)).reshape(*outer, *last)
 
 
 class RMSNorm(nn.Module):
@@ -65,8 +77,6 @@ class DenseMLP(nn.Module):
         gate_DF = declare(self, "gate", (c.model_dim, c.mlp_dim), ("embed", "mlp"), init, c.param_dtype)
         up_DF = declare(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), init, c.param_dtype)
         down_FD = declare(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), out_init, c.param_dtype)
-        gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF.astype(c.dtype))
-        up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF.astype(c.dtype))
-        a_BTF = nn.silu(gate_BTF) * up_BTF
+        a_BTF = nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF)
         record(self, "neurons", a_BTF, mask_BT)
-        return jnp.einsum("BTF,FD->BTD", a_BTF, down_FD.astype(c.dtype))
+        return project(a_BTF, down_FD)

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -112,16 +113,26 @@ def test_empty_corpus(tmp_path):
 
 
 def test_read_only_work_folder(tmp_path):
-    """As root nothing is read-only, so the command runs as another user where the test runs as root."""
+    """For root no folder is read-only by its mode, so the folder is mounted read-only in a namespace of the command."""
     place = tmp_path / "closed"
     place.mkdir(mode=0o555)
-    options = {"user": 65534, "group": 65534} if os.geteuid() == 0 else {}
-    process = subprocess.run(
-        ["/usr/bin/env", "true"], check=False, **options
-    )  # whether this machine lets us become someone else
-    if process.returncode:
-        pytest.fail("cannot run as another user")
-    place.chmod(0o555)
+    if os.geteuid() != 0:
+        output = refused("prepare_data", place)
+    else:
+        mount = f"mount --bind {place} {place} && mount -o remount,ro,bind {place} && exec "
+        command = [sys.executable, "-m", "experiments.prepare_data", f"--config={commands.TINY}", f"--workdir={place}"]
+        process = subprocess.run(
+            ["unshare", "-m", "sh", "-c", mount + " ".join(command)], cwd=commands.ROOT, env=commands.environment(),
+            capture_output=True, text=True, timeout=200, check=False,
+        )  # fmt: skip
+        output = process.stderr
+        assert process.returncode == 2, output
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1, output
+    assert str(place) in output
+    assert not list(place.iterdir())
+
+
+def test_a_work_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    output = refused("prepare_data", tmp_path / "file")  # a work folder that is a file
-    assert "file" in output
+    assert str(tmp_path / "file") in refused("prepare_data", tmp_path / "file")
