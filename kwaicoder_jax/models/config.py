@@ -16,19 +16,35 @@ class Router(enum.StrEnum):
     """How router logits become the combine weights of the X selected experts (always in float32)."""
 
     TOPK_SOFTMAX = "topk_softmax"  # top-k of the logits, softmax over the selected (Mixtral)
+    SOFTMAX_TOPK_RENORMALISED = "softmax_topk_renormalised"  # the same function in another order (Qwen3-MoE)
     SOFTMAX_TOPK = "softmax_topk"  # softmax over all, top-k, not renormalised (OLMoE, Qwen2-57B-A14B)
     SIGMOID = "sigmoid"  # sigmoid, top-k, renormalised, times routed_scale (DeepSeek-V3)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
-    """The mixture part of a model: E experts of `mlp_dim` neurons, X of them per token."""
+    """The mixture part of a model: E experts of `mlp_dim` neurons, X of them per token, and an always-on shared one.
+
+    Attributes:
+      num_experts: E.
+      experts_per_token: X.
+      mlp_dim: neurons of one expert.
+      router: how logits become combine weights.
+      routed_scale: what the sigmoid router multiplies its weights with.
+      router_bias: whether a float32 bias per expert enters the selection, and nothing else (sigmoid router only;
+        DeepSeek-V3, 2412.19437, section 2.1.2). It has no gradient; balancing moves it.
+      shared_mlp_dim: neurons of the shared expert; 0 for none.
+      shared_gate: whether the shared expert's output is multiplied by the sigmoid of a linear map (Qwen2-MoE).
+    """
 
     num_experts: int
     experts_per_token: int
     mlp_dim: int
     router: Router = Router.TOPK_SOFTMAX
     routed_scale: float = 1.0
+    router_bias: bool = False
+    shared_mlp_dim: int = 0
+    shared_gate: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "router", Router(self.router))
@@ -37,6 +53,16 @@ class ExpertsConfig:
                 f"{self.experts_per_token} of {self.num_experts} experts", where="experts.experts_per_token",
                 remedy="choose between 1 and num_experts",
             )  # fmt: skip
+        if self.mlp_dim < 1 or self.shared_mlp_dim < 0:
+            raise UserError(f"experts of {self.mlp_dim} and {self.shared_mlp_dim} neurons", where="experts.mlp_dim")
+        if self.router_bias and self.router is not Router.SIGMOID:
+            raise UserError(
+                f"router {self.router} has no selection bias", where="experts.router_bias", remedy="use sigmoid"
+            )
+        if self.shared_gate and not self.shared_mlp_dim:
+            raise UserError(
+                "there is no shared expert to gate", where="experts.shared_gate", remedy="set shared_mlp_dim"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,13 +6,13 @@ a reduce-scatter, so a device receives the gradient of its own shard only.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 Outputs = TypeVar("Outputs")
-LocalFunction = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Outputs]]
+LocalFunction = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Outputs]]
 
 # Mesh axes, by the names that training.mesh gives them: those that split the tokens, and those of [E, D, F] weights.
 TOKEN_AXES = ("data", "fsdp", "expert")
@@ -41,7 +41,7 @@ def _devices(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
 def on_each_shard(
     function: LocalFunction[Outputs],
     mesh: AbstractMesh | None,
-    logits_ME: jax.Array,
+    router_ME: Any,
     x_MD: jax.Array,
     gate_EDF: jax.Array,
     up_EDF: jax.Array,
@@ -50,17 +50,17 @@ def on_each_shard(
     """Calls `function` with the tokens of each device and the weights of all experts.
 
     Args:
-      function: (logits_ME, x_MD, gate_EDF, up_EDF, down_EFD) -> (y_MD, more arrays with a leading M). It must be
+      function: (router_ME, x_MD, gate_EDF, up_EDF, down_EFD) -> (y_MD, more arrays with a leading M). It must be
         additive over slices of F: where the mesh has a tensor axis it sees a part of the neurons, and y is summed.
       mesh: from `token_mesh`; None calls `function` as it is.
-      logits_ME: router logits.
+      router_ME: what the router computed: arrays [M, E] in any tree.
       x_MD: tokens; M is batch-major, so that a shard of the batch is a shard of M.
       gate_EDF: gate projections of all experts.
       up_EDF: up projections.
       down_EFD: down projections.
     """
     if mesh is None:
-        return function(logits_ME, x_MD, gate_EDF, up_EDF, down_EFD)
+        return function(router_ME, x_MD, gate_EDF, up_EDF, down_EFD)
     # An axis that does not divide its dimension is left out: the weights then come in whole, gathered by XLA.
     expert, fsdp, tensor = (
         axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
@@ -74,9 +74,9 @@ def on_each_shard(
         return weights
 
     def local(
-        logits_ME: jax.Array, x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
+        router_ME: Any, x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
     ) -> tuple[jax.Array, Outputs]:
-        y_MD, rest = function(logits_ME, x_MD, gathered(gate_EDF, 1), gathered(up_EDF, 1), gathered(down_EFD, 2))
+        y_MD, rest = function(router_ME, x_MD, gathered(gate_EDF, 1), gathered(up_EDF, 1), gathered(down_EFD, 2))
         return (y_MD if tensor is None else jax.lax.psum(y_MD, tensor)), rest
 
     tokens = PartitionSpec(tuple(axis for axis in TOKEN_AXES if axis in mesh.shape))
@@ -88,4 +88,4 @@ def on_each_shard(
         in_specs=(tokens, tokens, weights_in, weights_in, weights_out),
         out_specs=tokens,
         check_vma=False,
-    )(logits_ME, x_MD, gate_EDF, up_EDF, down_EFD)
+    )(router_ME, x_MD, gate_EDF, up_EDF, down_EFD)

@@ -65,18 +65,20 @@ def rotary(x_BTHN: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
 
 
 class DenseMLP(nn.Module):
-    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020)."""
+    """SwiGLU: down(silu(gate x) * up x) (Shazeer 2020); `axis` is the logical name of its `width` neurons."""
 
     config: ModelConfig
+    width: int
+    axis: str = "mlp"
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         out_init = nn.initializers.normal(c.initializer_range / (2 * c.layers) ** 0.5)
-        gate_DF = declare(self, "gate", (c.model_dim, c.mlp_dim), ("embed", "mlp"), init, c.param_dtype)
-        up_DF = declare(self, "up", (c.model_dim, c.mlp_dim), ("embed", "mlp"), init, c.param_dtype)
-        down_FD = declare(self, "down", (c.mlp_dim, c.model_dim), ("mlp", "embed"), out_init, c.param_dtype)
+        gate_DF = declare(self, "gate", (c.model_dim, self.width), ("embed", self.axis), init, c.param_dtype)
+        up_DF = declare(self, "up", (c.model_dim, self.width), ("embed", self.axis), init, c.param_dtype)
+        down_FD = declare(self, "down", (self.width, c.model_dim), (self.axis, "embed"), out_init, c.param_dtype)
         a_BTF = nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF)
         record(self, "neurons", a_BTF, mask_BT)
         return project(a_BTF, down_FD)

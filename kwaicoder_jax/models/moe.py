@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kernels import grouped_matmul, routing
 from kwaicoder_jax.models.config import ExpertsConfig, ModelConfig, Router, Runtime
 from kwaicoder_jax.models.expert_sharding import on_each_shard, token_mesh
-from kwaicoder_jax.models.layers import declare
+from kwaicoder_jax.models.layers import DenseMLP, declare, project
 from kwaicoder_jax.models.statistics import record
 
 
@@ -31,11 +31,17 @@ class RouterStatistics:
     confidence: jax.Array
 
 
+_Router = tuple[jax.Array, jax.Array | None]  # logits and what to rank by, [M, E] each
 Choice = tuple[jax.Array, jax.Array, jax.Array]  # combine weights, expert indices, routing probabilities
 
 
-def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig) -> Choice:
-    """Selects X experts per token from float32 logits; among equal logits the lowest index wins.
+def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig, selection_ME: jax.Array | None = None) -> Choice:
+    """Selects X experts per token from float32 logits; among equals the lowest index wins.
+
+    Args:
+      logits_ME: router logits.
+      experts: the mixture.
+      selection_ME: what to rank the experts by; the logits unless given (see `selection`). Weights do not depend on it.
 
     Returns:
       Combine weights [M, X] (float32), expert indices [M, X] (int32), routing probabilities over all experts [M, E].
@@ -45,14 +51,27 @@ def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig) -> Choice:
         probability_ME = jax.nn.softmax(jax.nn.log_sigmoid(logits_ME), axis=-1)
     else:
         probability_ME = jax.nn.softmax(logits_ME, axis=-1)
-    top_MX, index_MX = jax.lax.top_k(logits_ME, experts.experts_per_token)
+    if selection_ME is None:
+        top_MX, index_MX = jax.lax.top_k(logits_ME, experts.experts_per_token)
+    else:
+        _, index_MX = jax.lax.top_k(selection_ME, experts.experts_per_token)
+        top_MX = jnp.take_along_axis(logits_ME, index_MX, axis=-1)
     if experts.router is Router.TOPK_SOFTMAX:
         weight_MX = jax.nn.softmax(top_MX, axis=-1)
-    elif experts.router is Router.SOFTMAX_TOPK:
+    elif experts.router is not Router.SIGMOID:
         weight_MX = jnp.take_along_axis(probability_ME, index_MX, axis=-1)
+        if experts.router is Router.SOFTMAX_TOPK_RENORMALISED:
+            weight_MX = weight_MX / jnp.sum(weight_MX, axis=-1, keepdims=True)
     else:
         weight_MX = experts.routed_scale * jax.nn.softmax(jax.nn.log_sigmoid(top_MX), axis=-1)
     return weight_MX, index_MX, probability_ME
+
+
+def selection(logits_ME: jax.Array, bias_E: jax.Array | None) -> jax.Array | None:
+    """What a biased sigmoid router ranks by, float32: sigmoid + bias; None where the logits themselves will do."""
+    if bias_E is None:
+        return None
+    return jax.lax.stop_gradient(jax.nn.sigmoid(logits_ME) + bias_E.astype(jnp.float32)[None, :])
 
 
 def router_statistics(
@@ -87,6 +106,9 @@ class MoE(nn.Module):
         out_shape, out_axes = (e.num_experts, e.mlp_dim, c.model_dim), ("experts", "expert_mlp", "embed")
         router_shape = (c.model_dim, e.num_experts)
         router_DE = declare(self, "router", router_shape, ("embed", "experts"), init, c.param_dtype)
+        bias_E = None
+        if e.router_bias:
+            bias_E = declare(self, "router_bias", (e.num_experts,), ("experts",), nn.initializers.zeros, "float32")
         gate_EDF = declare(self, "gate", in_shape, in_axes, init, c.param_dtype).astype(c.dtype)
         up_EDF = declare(self, "up", in_shape, in_axes, init, c.param_dtype).astype(c.dtype)
         down_EFD = declare(self, "down", out_shape, out_axes, out_init, c.param_dtype).astype(c.dtype)
@@ -96,16 +118,30 @@ class MoE(nn.Module):
             "MD,DE->ME", x_MD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
 
-        def route_and_compute(logits_ME: jax.Array, x_MD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, Choice]:
-            choice = choose_experts(logits_ME, e)
+        def route_and_compute(router: _Router, x_MD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, Choice]:
+            choice = choose_experts(router[0], e, router[1])
             order = routing.sort_by_expert(choice[1], e.num_experts)
             y_MD = grouped_matmul.expert_mlp(x_MD, choice[0], order, *weights, backend=self.runtime.experts)
             return y_MD, choice
 
         mesh = token_mesh(x_BTD, x_BTD.shape[0])
-        y_MD, choice = on_each_shard(route_and_compute, mesh, logits_ME, x_MD, gate_EDF, up_EDF, down_EFD)
+        router = (logits_ME, selection(logits_ME, bias_E))
+        y_MD, choice = on_each_shard(route_and_compute, mesh, router, x_MD, gate_EDF, up_EDF, down_EFD)
         weight_MX, index_MX, probability_ME = choice
         mask_M = mask_BT.reshape(-1)
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
         record(self, "router", logits_ME.reshape(*mask_BT.shape, -1), mask_BT)
-        return y_MD.reshape(x_BTD.shape).astype(c.dtype), statistics
+        y_BTD = y_MD.reshape(x_BTD.shape).astype(c.dtype)
+        return (y_BTD + self._shared(x_BTD, mask_BT) if e.shared_mlp_dim else y_BTD), statistics
+
+    def _shared(self, x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
+        """The always-on expert, in a compact call."""
+        c, e = self.config, self.config.experts
+        assert e is not None
+        y_BTD = DenseMLP(c, e.shared_mlp_dim, "shared_mlp", name="shared")(x_BTD, mask_BT)
+        if not e.shared_gate:
+            return y_BTD
+        init = nn.initializers.normal(c.initializer_range)
+        gate_D1 = declare(self, "shared_gate", (c.model_dim, 1), ("embed", "shared"), init, c.param_dtype)
+        gate_BT1 = jax.nn.sigmoid(project(x_BTD.astype(jnp.float32), gate_D1))
+        return (gate_BT1 * y_BTD.astype(jnp.float32)).astype(c.dtype)

@@ -30,4 +30,7 @@ def moe_config(router: Router | str = Router.TOPK_SOFTMAX, **changes: Any) -> Mo
 def small_configs() -> dict[str, ModelConfig]:
     """One config of every kind, by name: what a test of "any model" should be parametrized with."""
     dense = {"dense": dense_config(), "untied": dense_config(tie_embeddings=False), "odd": odd_config()}
-    return dense | {f"moe_{router.value}": moe_config(router) for router in Router}
+    mixtures = {f"moe_{router.value}": moe_config(router) for router in Router}
+    shared = ExpertsConfig(7, 2, 24, Router.SIGMOID, 2.5, router_bias=True, shared_mlp_dim=10)
+    gated = ExpertsConfig(6, 3, 14, Router.SOFTMAX_TOPK_RENORMALISED, shared_mlp_dim=22, shared_gate=True)
+    return dense | mixtures | {"moe_bias": moe_config(experts=shared), "moe_shared_gate": moe_config(experts=gated)}

@@ -37,6 +37,8 @@ def random_params(config: ModelConfig, seed: int = 0, scale: float = 1.0) -> Par
 def _standard_deviation(declaration: Declaration) -> float:
     """1 / sqrt(fan-in), read off the logical axes: a matrix maps to `embed` where that axis is last, else from it."""
     sizes = dict(zip(declaration.axes, declaration.shape))
+    if "embed" not in sizes:  # the selection bias of a router, beside sigmoids of spread 0.2
+        return 0.1
     if "vocab" in sizes:
         return LOGIT_STD / math.sqrt(sizes["embed"])
     if declaration.axes[-1] == "embed":

@@ -85,12 +85,17 @@ def _mixture(p: dict[str, np.ndarray], config: ModelConfig, x_D: np.ndarray) -> 
     experts = config.experts
     assert experts is not None
     logits_E = x_D @ p["router"]
-    chosen = np.argsort(-logits_E, kind="stable")[: experts.experts_per_token]
     exp_E, sigmoid_E = np.exp(logits_E - logits_E.max()), 1.0 / (1.0 + np.exp(-logits_E))
-    if experts.router is Router.TOPK_SOFTMAX:
+    ranked_by_E = sigmoid_E + p["router_bias"] if experts.router_bias else logits_E
+    chosen = np.argsort(-ranked_by_E, kind="stable")[: experts.experts_per_token]
+    if experts.router in (Router.TOPK_SOFTMAX, Router.SOFTMAX_TOPK_RENORMALISED):
         weight_E = exp_E / exp_E[chosen].sum()
     elif experts.router is Router.SOFTMAX_TOPK:
         weight_E = exp_E / exp_E.sum()
     else:
         weight_E = experts.routed_scale * sigmoid_E / sigmoid_E[chosen].sum()
-    return sum(weight_E[e] * _swiglu(x_D, p["gate"][e], p["up"][e], p["down"][e]) for e in chosen)
+    y_D = sum(weight_E[e] * _swiglu(x_D, p["gate"][e], p["up"][e], p["down"][e]) for e in chosen)
+    if experts.shared_mlp_dim:
+        gate = 1.0 / (1.0 + np.exp(-x_D @ p["shared_gate"])) if experts.shared_gate else 1.0
+        y_D = y_D + gate * _swiglu(x_D, **p["shared"])
+    return y_D

@@ -23,6 +23,7 @@ RULES: Mapping[str, str] = {
     "mlp": "tensor",
     "experts": "expert",
     "expert_mlp": "tensor",
+    "shared_mlp": "tensor",
 }
 
 

@@ -26,6 +26,7 @@ def test_six_times_the_active_parameters():
     """The usual estimate, 6 per active matmul parameter, at a length where attention is nothing."""
     for config in testing.small_configs().values():
         norms = config.model_dim * (2 * config.layers + 1)
+        biases = config.layers * config.experts.num_experts if config.experts and config.experts.router_bias else 0
         tables = config.vocab_size * config.model_dim * (0 if config.tie_embeddings else 1)
-        matmul = models.count_active(config) - norms - tables  # the lookup of an untied table is no matmul
+        matmul = models.count_active(config) - norms - biases - tables  # the lookup of an untied table is no matmul
         assert models.train_flops_per_token(config, 0) == pytest.approx(6 * matmul, rel=1e-12)

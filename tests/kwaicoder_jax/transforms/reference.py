@@ -56,8 +56,9 @@ def moe(x, p, experts):
     flat, y = x.reshape(-1, x.shape[-1]), np.zeros((x.size // x.shape[-1], x.shape[-1]))
     for m, token in enumerate(flat):
         logits = token @ p["router"]
-        chosen = np.argsort(-logits, kind="stable")[: experts.experts_per_token]
-        if experts.router == "topk_softmax":
+        ranked_by = 1 / (1 + np.exp(-logits)) + p["router_bias"] if experts.router_bias else logits
+        chosen = np.argsort(-ranked_by, kind="stable")[: experts.experts_per_token]
+        if experts.router in ("topk_softmax", "softmax_topk_renormalised"):
             weights = softmax(logits[chosen])
         elif experts.router == "softmax_topk":
             weights = softmax(logits)[chosen]
@@ -66,6 +67,9 @@ def moe(x, p, experts):
             weights = experts.routed_scale * weights / np.sum(weights)
         for weight, e in zip(weights, chosen):
             y[m] += weight * dense_mlp(token, {name: p[name][e] for name in ("gate", "up", "down")})[0]
+        if experts.shared_mlp_dim:
+            gate = 1 / (1 + np.exp(-token @ p["shared_gate"])) if experts.shared_gate else 1.0
+            y[m] += gate * dense_mlp(token, p["shared"])[0]
     return y.reshape(x.shape)
 
 
