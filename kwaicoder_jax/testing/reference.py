@@ -81,7 +81,7 @@ def _swiglu(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -
     return (g / (1.0 + np.exp(-g)) * (x @ up)) @ down
 
 
-def _mixture(p: dict[str, np.ndarray], config: ModelConfig, x_D: np.ndarray) -> np.ndarray:
+def _mixture(p: dict[str, Any], config: ModelConfig, x_D: np.ndarray) -> np.ndarray:
     experts = config.experts
     assert experts is not None
     logits_E = x_D @ p["router"]
@@ -97,5 +97,5 @@ def _mixture(p: dict[str, np.ndarray], config: ModelConfig, x_D: np.ndarray) -> 
     y_D = sum(weight_E[e] * _swiglu(x_D, p["gate"][e], p["up"][e], p["down"][e]) for e in chosen)
     if experts.shared_mlp_dim:
         gate = 1.0 / (1.0 + np.exp(-x_D @ p["shared_gate"])) if experts.shared_gate else 1.0
-        y_D = y_D + gate * _swiglu(x_D, **p["shared"])
+        y_D = y_D + gate * _swiglu(x_D, *(p["shared"][name] for name in ("gate", "up", "down")))
     return y_D

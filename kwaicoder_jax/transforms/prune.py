@@ -5,16 +5,18 @@ so no parameter is known here by name.
 """
 
 import dataclasses
+import sys
 from typing import Any
 
 import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.transforms import parameterwise
 from kwaicoder_jax.transforms.arrays import Array, scaled, take
 from kwaicoder_jax.transforms.scores import Scores
 
-Record = dict[str, Any]
+Record = parameterwise.Record
 _WHERE = "prune.target"
 
 
@@ -130,21 +132,26 @@ def replay(
     params: models.Params, config: models.ModelConfig, record: Record
 ) -> tuple[models.Params, models.ModelConfig]:
     """Cuts `params` as `record` says, also one read back from JSON; can be traced."""
-    models.check(params, config)
-    if record["config_before"] != config.to_dict():
-        raise UserError("the record is of another model", where="prune", remedy="use the config it was planned for")
+    student = parameterwise.replay(sys.modules[__name__], params, config, record)
+    return student, parameterwise.configs(record)[1]
+
+
+def sources(record: Record, name: str, layer: int | None = None) -> dict[str, int | None]:
+    """See `parameterwise.Transform`."""
+    if layer is None or not name.startswith("layers/"):
+        return {name: None}
+    return {name: record["kept"]["layers"][layer]}
+
+
+def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | None = None) -> Array:
+    """See `parameterwise.Transform`."""
+    array, axes = arrays[name], models.declarations(parameterwise.configs(record)[0])[name].axes
     kept = {axis: np.asarray(index) for axis, index in record["kept"].items()}
-    student_config = models.ModelConfig.from_dict(record["config_after"])
-    declared = models.declarations(config)
-    student = {
-        name: _cut(array, declared[name].axes, kept, record["norm_factors"].get(name))
-        for name, array in models.flatten(params).items()
-    }
-    models.check(student := models.unflatten(student), student_config, where="prune")
-    return student, student_config
-
-
-def _cut(array: Array, axes: tuple[str, ...], kept: dict[str, np.ndarray], factor: Any) -> Array:
+    factor = record["norm_factors"].get(name)
+    if layer is not None and "layers" in axes:
+        kept = {axis: index[layer : layer + 1] if index.ndim == 2 else index for axis, index in kept.items()}
+        kept["layers"] = np.zeros(1, int)
+        factor = None if factor is None else factor[layer : layer + 1]
     for axis in ("layers", *(axis for axis in axes if axis != "layers")):  # per-layer lists are of kept layers
         if axis in axes and axis in kept:
             array = take(array, kept[axis], axes.index(axis))

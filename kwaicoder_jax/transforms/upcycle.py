@@ -4,15 +4,17 @@ y(x) = A * (sum of the combine weights of the chosen replicas) * F(x), so the mi
 input if and only if that sum is a constant c and A = 1/c (virtual groups: He et al. 2024, arXiv 2410.07524, section 3).
 """
 
-from typing import Any
+import sys
+
+import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms import merge, split
-from kwaicoder_jax.transforms.arrays import like
+from kwaicoder_jax.transforms import merge, parameterwise, split
+from kwaicoder_jax.transforms.arrays import Array
 from kwaicoder_jax.transforms.scores import Scores
 
-Record = dict[str, Any]
+Record = parameterwise.Record
 
 
 def apply(
@@ -82,10 +84,6 @@ def apply(
     experts = models.ExpertsConfig(replicas * granularity, used, config.mlp_dim // granularity, chosen, routed_scale)
     moe_config = config.replace(experts=experts)
     std = config.initializer_range if router_std is None else router_std
-    moe, factors = _merge(
-        params, config, moe_config, granularity, replicas, order_RLF, merge.placed(scale_placement, factor), std, seed
-    )
-    models.check(moe, moe_config, where="upcycle")
     record = {
         "granularity": granularity,
         "replicas": replicas,
@@ -98,7 +96,7 @@ def apply(
         "lossless": lossless,
         "scale": factor,
         "scale_placement": str(scale_placement),
-        "factors": factors,
+        "factors": _factors(moe_config, merge.placed(scale_placement, factor)),
         "partition": {"method": str(partition), "order": None if order_RLF is None else order_RLF.tolist()},
         "expert_order": "replica_major",
         "config_before": config.to_dict(),
@@ -107,31 +105,60 @@ def apply(
         "params_total": models.count(moe_config),
         "params_active": models.count_active(moe_config),
     }
+    moe, moe_config = replay(params, config, record)
     return moe, moe_config, record
 
 
-def _merge(
-    params, config, moe_config, granularity, replicas, order_RLF, placed, std, seed
-) -> tuple[models.Params, dict[str, float]]:
-    """Builds each declared parameter of the mixture: passed on, merged from its dense namesake, or a new router."""
-    flat, dense = models.flatten(params), models.declarations(config)
-    merged, factors = {}, {}
-    for name, d in models.declarations(moe_config).items():
-        if name in dense:
-            merged[name] = flat[name]
-        elif "expert_mlp" in d.axes:
-            matrix = name.rsplit("/", 1)[1]
-            (source,) = (n for n, s in dense.items() if "mlp" in s.axes and n.endswith("/" + matrix))
-            factors[name] = placed[matrix]
-            merged[name] = merge.experts(
-                flat[source], dense[source].axes, d.axes, granularity=granularity, replicas=replicas,
-                order_RLF=order_RLF, factor=placed[matrix],
-            )  # fmt: skip
-        else:
-            sibling = flat[next(n for n, s in dense.items() if "mlp" in s.axes)]
-            rows = merge.router(d.shape, d.axes, granularity=granularity, std=std, seed=seed)
-            merged[name] = like(sibling, rows.astype(sibling.dtype))
-    return models.unflatten(merged), factors
+def replay(
+    params: models.Params, config: models.ModelConfig, record: Record
+) -> tuple[models.Params, models.ModelConfig]:
+    """Merges `params` as `record` says, also one read back from JSON; can be traced."""
+    moe = parameterwise.replay(sys.modules[__name__], params, config, record)
+    return moe, parameterwise.configs(record)[1]
+
+
+def sources(record: Record, name: str, layer: int | None = None) -> dict[str, int | None]:
+    """See `parameterwise.Transform`."""
+    dense, moe = parameterwise.configs(record)
+    declared = models.declarations(dense)
+    if name in declared:
+        return {name: layer if "layers" in declared[name].axes else None}
+    if "expert_mlp" in models.declarations(moe)[name].axes:
+        return {_dense_name(declared, name): layer}
+    return {}
+
+
+def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | None = None) -> Array:
+    """See `parameterwise.Transform`: passed on, merged from its dense namesake, or a new router."""
+    dense, moe = parameterwise.configs(record)
+    if name in arrays:
+        return arrays[name]
+    d, here = models.declarations(moe)[name], slice(None) if layer is None else slice(layer, layer + 1)
+    if not arrays:
+        std, seed = record["router_std"], record["seed"]
+        return merge.router(d.shape, d.axes, granularity=record["granularity"], std=std, seed=seed)[here]
+    ((source, array),) = arrays.items()
+    order_RLF = record["partition"]["order"]
+    if order_RLF is not None:
+        order_RLF = np.asarray(order_RLF)
+        order_RLF = order_RLF[:, here] if order_RLF.shape[1] > 1 else order_RLF
+    return merge.experts(
+        array, models.declarations(dense)[source].axes, d.axes, granularity=record["granularity"],
+        replicas=record["replicas"], order_RLF=order_RLF, factor=record["factors"][name],
+    )  # fmt: skip
+
+
+def _dense_name(declared: dict[str, models.Declaration], name: str) -> str:
+    """The dense matrix that an expert matrix is made of: the one of the same last name."""
+    matrix = name.rsplit("/", 1)[1]
+    (source,) = (n for n, d in declared.items() if "mlp" in d.axes and n.endswith("/" + matrix))
+    return source
+
+
+def _factors(moe_config: models.ModelConfig, placed: dict[str, float]) -> dict[str, float]:
+    """The factor on each expert matrix, by parameter."""
+    declared = models.declarations(moe_config)
+    return {name: placed[name.rsplit("/", 1)[1]] for name, d in declared.items() if "expert_mlp" in d.axes}
 
 
 def _parse_router(router: str, routed_scale: float) -> models.Router:

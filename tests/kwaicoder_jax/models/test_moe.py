@@ -7,7 +7,7 @@ import pytest
 
 from kwaicoder_jax import models, testing
 from kwaicoder_jax.models import ExpertsConfig, Router
-from kwaicoder_jax.models.moe import router_statistics
+from kwaicoder_jax.models.moe import router_statistics, selection
 
 LOGITS = np.random.default_rng(0).standard_normal((40, 7)).astype(np.float32) * 2
 
@@ -38,10 +38,31 @@ def test_weights_and_probabilities(router, k):
     else:
         expected_probability = softmax(LOGITS)
         full = np.take_along_axis(expected_probability, expected_index, -1)
-        expected = softmax(chosen) if router is Router.TOPK_SOFTMAX else full
+        expected = full if router is Router.SOFTMAX_TOPK else softmax(chosen)
     np.testing.assert_allclose(weight, expected, rtol=1e-5)
     np.testing.assert_allclose(probability, expected_probability, rtol=1e-5)
     assert weight.dtype == probability.dtype == jnp.float32
+
+
+def test_a_selection_bias_moves_the_choice_and_not_the_weights():
+    mixture = experts(Router.SIGMOID, routed_scale=2.5, router_bias=True)
+    bias = np.array([0, 0.7, 0, 0, -0.9, 0, 0], np.float32)
+    ranked_by = selection(jnp.asarray(LOGITS), jnp.asarray(bias))
+    weight, index, _ = models.choose_experts(jnp.asarray(LOGITS), mixture, ranked_by)
+    sigmoid = 1 / (1 + np.exp(-LOGITS.astype(np.float64)))
+    expected_index = np.argsort(-(sigmoid + bias), axis=-1, kind="stable")[:, :3]
+    np.testing.assert_array_equal(index, expected_index)
+    assert (expected_index != np.argsort(-LOGITS, axis=-1, kind="stable")[:, :3]).any()
+    picked = np.take_along_axis(sigmoid, expected_index, -1)
+    np.testing.assert_allclose(weight, 2.5 * picked / picked.sum(-1, keepdims=True), rtol=1e-5)
+
+
+def test_a_selection_bias_has_no_gradient():
+    config = testing.small_configs()["moe_bias"]
+    params, batch = testing.random_params(config), testing.random_batch(config, 2, 12)
+    gradients = models.flatten(jax.grad(testing.mean_loss)(params, config, batch))
+    assert not np.any(gradients["layers/moe/router_bias"])
+    assert np.any(gradients["layers/moe/router"])
 
 
 @pytest.mark.parametrize("router", Router)

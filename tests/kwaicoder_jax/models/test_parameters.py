@@ -31,6 +31,7 @@ def test_every_axis_is_named_and_sized_as_the_config_says(name):
     }  # fmt: skip
     if c.experts is not None:
         sizes |= {"experts": c.experts.num_experts, "expert_mlp": c.experts.mlp_dim}
+        sizes |= {"shared_mlp": c.experts.shared_mlp_dim, "shared": 1}
     for parameter, d in models.declarations(c).items():
         assert d.shape == tuple(sizes[axis] for axis in d.axes), parameter
         assert (d.axis("layers") == 0) == parameter.startswith("layers/")
@@ -46,6 +47,8 @@ def test_count_by_hand(name):
         mlp = active = 3 * c.model_dim * c.mlp_dim
     else:
         router, expert = c.model_dim * c.experts.num_experts, 3 * c.model_dim * c.experts.mlp_dim
+        router += c.experts.num_experts * c.experts.router_bias
+        router += 3 * c.model_dim * c.experts.shared_mlp_dim + c.model_dim * c.experts.shared_gate
         mlp, active = router + expert * c.experts.num_experts, router + expert * c.experts.experts_per_token
     layer = attention + 2 * c.model_dim
     assert models.count(c) == outside + c.layers * (layer + mlp)
