@@ -13,7 +13,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.contract import Context, Stage
+from experiments.contract import Context, Section, Stage
 from experiments.contract import run as run_contract
 from experiments.display import Display
 from experiments.stopping import Stop, Stopped
@@ -68,7 +68,7 @@ def _fail(text: str) -> None:
 
 def context_of(stage: Stage, config: ConfigDict, stop: Stop, display: Display) -> Context:
     """A stage's context from the parsed flags."""
-    return Context(stage, _lists(config.to_dict()), files.path(_flag("workdir")).absolute(), display, stop)
+    return Context(stage, Section(_lists(config.to_dict())), files.path(_flag("workdir")).absolute(), display, stop)
 
 
 def _lists(value: Any) -> Any:
@@ -91,7 +91,7 @@ def parse(argv: list[str]) -> None:
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag", remedy="flags look like --config=FILE")
     for name in ("config", "workdir"):
-        if flags.FLAGS[name].value is None:
+        if not flags.FLAGS[name].value:
             raise UserError(
                 "is required", where=f"--{name}", remedy="as in --config=configs/demo.py --workdir=runs/demo"
             )

@@ -23,6 +23,18 @@ from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
 
+class Section(dict):
+    """A part of the config; a field that is not there is a UserError that names it."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = ""):
+        places = {key: f"{where}.{key}" if where else key for key in values}
+        super().__init__({key: Section(x, places[key]) if isinstance(x, dict) else x for key, x in values.items()})
+        self._where = where
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError("is missing", where=f"{self._where}.{key}".lstrip("."), remedy="add it to the config")
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of the recipe.
@@ -100,18 +112,16 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
     if stage.name not in context.config:
         raise UserError(f"the config has no section {stage.name}", where="--config", remedy="add the section")
     context.display.stage(stage.name)
-    if restart and folder.exists():
-        _remove(folder)
     record = _record(context)
     context.identity = record["identity"]
-    _compare(context, record)
     summary_file = folder / "summary.json"
-    if summary_file.exists():
-        summary = files.read_json(summary_file)
-        context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
-        return summary
-    folder.mkdir(parents=True, exist_ok=True)
-    with _only_process(folder):
+    if not restart:
+        _compare(context, record)
+        if summary_file.exists():
+            summary = files.read_json(summary_file)
+            context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
+            return summary
+    with _put_aside(folder, restart), _only_process(folder):
         files.write_json(folder / "stage.json", record)
         started, began = datetime.datetime.now(datetime.UTC), time.monotonic()
         _reset_peak()
@@ -161,7 +171,7 @@ def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
 def _compare(context: Context, record: dict[str, Any]) -> None:
     """Refuses to go on with files that were made from another config or another input; names the field."""
     file = context.folder / "stage.json"
-    if not file.exists():
+    if not file.exists() or _is_untouched(context.folder):
         return
     old, name = files.read_json(file), context.stage.name
     state = "finished" if (context.folder / "summary.json").exists() else "begun"
@@ -191,11 +201,40 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _remove(folder: Any) -> None:
-    """Moves the folder aside before deleting it, so that a kill leaves nothing that looks like a stage."""
-    aside = folder.parent / f".{folder.name}.removed.{os.getpid()}"
-    folder.rename(aside)
-    aside.rmtree()
+def _is_untouched(folder: Any) -> bool:
+    """Whether nothing was done in the folder yet, so that nothing is lost when it is made from something else."""
+    return not folder.exists() or all(file.name in ("stage.json", ".lock") for file in folder.iterdir())
+
+
+@contextlib.contextmanager
+def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
+    """Around the work of a stage: bad input that shows only there leaves the folder as it was.
+
+    With `restart` the old folder stands aside until the new one is finished; a stage that another process is running is
+    left alone.
+    """
+    aside, fresh = folder.parent / f".{folder.name}.replaced", restart or _is_untouched(folder)
+    if restart and folder.exists():
+        with _only_process(folder):
+            if aside.exists():
+                aside.rmtree()
+            folder.rename(aside)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except UserError:
+        if fresh and not _has_checkpoint(folder):
+            folder.rmtree()
+            if aside.exists():
+                aside.rename(folder)
+        raise
+    if aside.exists():
+        aside.rmtree()
+
+
+def _has_checkpoint(folder: Any) -> bool:
+    place = folder / "checkpoints"
+    return place.exists() and any(step.name.isdigit() for step in place.iterdir())
 
 
 @contextlib.contextmanager

@@ -166,13 +166,13 @@ class TrainingLoader(Iterator[packing.Batch]):
             raise UserError("there is no phase", where="phases")
         if self.streams < 1 or process_count < 1 or self.streams % process_count:
             what = f"{self.streams} is not a multiple of the {process_count} processes"
-            raise UserError(what, where="data.streams", remedy="use a multiple of every process count to be used")
+            raise UserError(what, where="loader.streams", remedy="use a multiple of every process count to be used")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
         for number, phase in enumerate(self.phases):
             if phase.batch_size % self.streams:
                 what = f"{self.streams} does not divide phase {number}'s batch of {phase.batch_size}"
-                raise UserError(what, where="data.streams", remedy="use a divisor of every batch size")
+                raise UserError(what, where="loader.streams", remedy="use a divisor of every batch size")
             if unknown := sorted(set(phase.mixture) - set(self.corpus.sources)):
                 what = f"the corpus has no source {unknown[0]!r}"
                 raise UserError(what, where=f"phases[{number}].mixture", remedy=f"it has {self.corpus.sources}")
@@ -210,10 +210,12 @@ class TrainingLoader(Iterator[packing.Batch]):
             saved = state.get("identity", {}).get(field)
             if saved != value:
                 what = f"the saved data position has {field} {saved}, this run has {value}"
-                raise UserError(what, where=f"data.{field}", remedy="restore the setting or start over with --restart")
+                raise UserError(
+                    what, where=f"loader.{field}", remedy="restore the setting or start over with --restart"
+                )
         if missing := [number for number in self._rows if str(number) not in state["streams"]]:
             what = f"the saved data position lacks stream {missing[0]}"
-            raise UserError(what, where="data.streams", remedy="merge the states of all processes")
+            raise UserError(what, where="loader.streams", remedy="merge the states of all processes")
         for number, rows in self._rows.items():
             rows.set_state(state["streams"][str(number)])
         self.step = state["step"]

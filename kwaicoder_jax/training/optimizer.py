@@ -21,6 +21,22 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
 
+    def __post_init__(self):
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(
+                    f"{getattr(self, name)} is no decay rate",
+                    where=f"optimizer.{name}",
+                    remedy="use 0 or more, below 1",
+                )
+        if not self.weight_decay >= 0:
+            raise UserError(f"{self.weight_decay} is negative", where="optimizer.weight_decay", remedy="use 0 or more")
+        for name in ("epsilon", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise UserError(
+                    f"{getattr(self, name)} is not positive", where=f"optimizer.{name}", remedy="use more than 0"
+                )
+
 
 def decays(declaration: models.Declaration) -> bool:
     """Matrices decay; norm scales (one axis beside the layer axis) do not."""
