@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import hashlib
+import inspect
 import os
 import subprocess
 import time
@@ -44,12 +46,14 @@ class Stage:
       run: does the work and returns the summary.
       sections: config sections beside its own that change its result.
       inputs: names or paths of the stage folders that it reads, given the config.
+      other_files: by config field, the paths of files that it reads beside them; their content counts.
     """
 
     name: str
     run: Callable[["Context"], dict[str, Any]]
     sections: tuple[str, ...] = ()
     inputs: Callable[["Context"], Mapping[str, str]] = lambda context: {}
+    other_files: Callable[["Context"], Mapping[str, str]] = lambda context: {}
 
 
 @dataclasses.dataclass
@@ -147,6 +151,8 @@ def _record(context: Context) -> dict[str, Any]:
     identities = {}
     for role, name in stage.inputs(context).items():
         context.inputs[role], identities[role] = _input(context, role, name)
+    for field, place in stage.other_files(context).items():
+        identities[field] = _content(f"{stage.name}.{field}", place)
     config = _plain(config)
     identity = files.digest({"stage": stage.name, "config": config, "inputs": identities})
     return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity}
@@ -163,16 +169,28 @@ def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
     from kwaicoder_jax import checkpoints  # here, since it imports jax, and finished stages should answer at once
 
     try:
-        return files.path(name), checkpoints.read_meta(name)["identity"]
+        meta = checkpoints.read_meta(name)
+        step = meta.get("progress", {}).get("step", 0)  # the run may be going on
+        return files.path(name), f"{meta['identity']}@{step}"
     except UserError as error:
         raise UserError(error.what, where=where, remedy=error.remedy) from error
+
+
+def _content(where: str, place: str) -> str:
+    try:
+        return hashlib.sha256(files.path(place).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{place}: {error.strerror}", where=where, remedy="name a file that can be read") from error
 
 
 def _compare(context: Context, record: dict[str, Any]) -> None:
     """Refuses to go on with files that were made from another config or another input; names the field."""
     file = context.folder / "stage.json"
-    if not file.exists() or _is_untouched(context.folder):
+    if _is_untouched(context.folder):
         return
+    if not file.exists():
+        remedy = "restore it, or start the stage over with --restart"
+        raise UserError("is missing, so nobody knows what the stage was made from", where=str(file), remedy=remedy)
     old, name = files.read_json(file), context.stage.name
     state = "finished" if (context.folder / "summary.json").exists() else "begun"
     remedy = f"undo the change, use another --workdir, or start the stage over with --restart ({name} was {state})"
@@ -184,6 +202,19 @@ def _compare(context: Context, record: dict[str, Any]) -> None:
     for role in sorted({**old["inputs"], **record["inputs"]}):
         if old["inputs"].get(role) != record["inputs"].get(role):
             raise UserError("its input is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
+
+
+def check_arguments(
+    function: Callable[..., Any], values: Mapping[str, Any], where: str, given: tuple[str, ...] = ()
+) -> None:
+    """UserError for a config field that `function` does not take or that it lacks; `given` comes from elsewhere."""
+    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in given}
+    for name in values:
+        if name not in parameters:
+            raise UserError("no such field", where=f"{where}.{name}", remedy=f"the fields are {sorted(parameters)}")
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in values:
+            raise UserError("is missing", where=f"{where}.{name}", remedy="add it to the config")
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
@@ -219,7 +250,10 @@ def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
             if aside.exists():
                 aside.rmtree()
             folder.rename(aside)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise UserError("cannot be made here", where=str(folder), remedy="choose another --workdir") from error
     try:
         yield
     except UserError:

@@ -31,6 +31,9 @@ def run(context: Context) -> dict[str, Any]:
     if not section["temperature"] >= 0:
         raise UserError(f"{section['temperature']} is negative", where="evaluate.temperature", remedy="0 is greedy")
     if section.get("samples"):
+        if not chosen:
+            known = ", ".join(EXECUTED)
+            raise UserError("no benchmark scores samples", where="evaluate.benchmarks", remedy=f"choose from {known}")
         completions = benchmarks.read_samples(section["samples"])
         return _score(context, chosen, lambda benchmark: completions)
     mesh, corpus = mesh_of(context), corpus_of(context)
@@ -124,7 +127,12 @@ def inputs(context: Context) -> dict[str, str]:
     return {"corpus": "prepare_data", "init_from": previous_checkpoint(context)}
 
 
-STAGE = Stage("evaluate", run, ("validation",), inputs)
+def other_files(context: Context) -> dict[str, str]:
+    """The file of samples to score, if there is one."""
+    return {"samples": context.section["samples"]} if context.section.get("samples") else {}
+
+
+STAGE = Stage("evaluate", run, ("validation",), inputs, other_files)
 
 if __name__ == "__main__":
     main(STAGE)

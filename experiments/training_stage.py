@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.contract import Context
 from experiments.stopping import Stopped
-from kwaicoder_jax import checkpoints, data, models, training
+from kwaicoder_jax import checkpoints, data, files, models, training
 from kwaicoder_jax.errors import UserError
 
 
@@ -66,7 +67,21 @@ def read_model(context: Context, role: str, mesh: Any) -> tuple[Any, models.Mode
     place = context.inputs[role]
     meta = checkpoints.read_meta(place)
     config = models.ModelConfig.from_dict(meta["model"])
-    return checkpoints.read_params(place, training.abstract_params(config, mesh)), config, meta
+    where, summary = f"{context.stage.name}.{role}", place / "summary.json"
+    steps = files.read_json(summary).get("steps") if summary.exists() else None
+    if steps is not None and meta.get("progress", {}).get("step") != steps:
+        what = f"the newest checkpoint of {place} is not of its last step, {steps}"
+        raise UserError(what, where=where, remedy="copy it again, or run its stage again")
+    params = checkpoints.read_params(place, training.abstract_params(config, mesh))
+    if not bool(_all_finite(params)):
+        what = f"{place} holds numbers that are not finite"
+        raise UserError(what, where=where, remedy="it diverged or is damaged: look at its losses, run its stage again")
+    return params, config, meta
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
 
 
 def check_tokenizer(context: Context, role: str, meta: dict[str, Any], corpus: data.Corpus) -> None:
@@ -217,6 +232,8 @@ def summarise(folder: Any) -> dict[str, Any]:
     """The summary of a finished run, from its metrics alone, so that it does not depend on interruptions."""
     records = training.read_metrics(folder / "metrics.jsonl")
     valid = [record for record in records if "valid_loss" in record]
+    if not valid or not any("loss" in record for record in records):
+        raise UserError("its records are gone", where=str(folder / "metrics.jsonl"), remedy="start over (--restart)")
     last = [record for record in records if "loss" in record][-1]
     store = checkpoints.CheckpointStore(folder / "checkpoints")
     step = store.latest_step()

@@ -56,6 +56,10 @@ class CheckpointStore:
         self._manager.save(step, args=ocp.args.Composite(**items))
         self._manager.wait_until_finished()
 
+    def all_steps(self) -> list[int]:
+        """Every step that has a folder, complete or not."""
+        return list(self._manager.all_steps())
+
     def _complete(self) -> set[int]:
         return {step for step in self._manager.all_steps() if _is_complete(self.folder / str(step))}
 
@@ -106,14 +110,18 @@ def read_params(place: str | os.PathLike[str], abstract: Tree) -> Tree:
         step = _newest(store, place)
         try:
             return store.restore(step, "params", on_device(abstract))
-        except (ValueError, FileNotFoundError, KeyError) as error:
-            raise UserError(f"{place} does not fit its own model config: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever Orbax and TensorStore say of a file that is damaged
+            what = f"{place} does not fit its own model config, or is damaged: {str(error).splitlines()[0]}"
+            raise UserError(what, remedy="copy it again, or run its stage again") from error
 
 
 def _newest(store: CheckpointStore, place: str | os.PathLike[str]) -> int:
+    """The step to start another stage from: the newest, which has to be whole (a run that resumes may step back)."""
     step = store.latest_step()
     if step is None:
         raise UserError(f"{place} holds no complete checkpoint", remedy="copy it again, or run its stage again")
+    if (newest := max(store.all_steps())) != step:
+        raise UserError(f"the newest checkpoint of {place}, step {newest}, is damaged", remedy="copy it again")
     return step
 
 

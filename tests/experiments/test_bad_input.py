@@ -52,7 +52,7 @@ def test_stage_before_its_input(tmp_path):
 
 
 def test_no_stage(tmp_path):
-    assert "there is no stage" in refused("pipeline", tmp_path, "--config.stages=()")
+    assert "is no list of stages" in refused("pipeline", tmp_path, "--config.stages=()")
 
 
 def test_unknown_source_field(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -151,8 +152,11 @@ def _lines(place: Any) -> list[dict[str, Any]]:
 def _arrays(place: Any) -> dict[str, np.ndarray]:
     if not place.exists():
         return {}
-    with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files if name != "meta"}
+    try:
+        with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files if name != "meta"}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"is not a file of arrays ({error})", where=str(place), remedy="restore it") from error
 
 
 def _outcomes(folder: Any) -> dict[str, list[dict[str, Any]]]:
