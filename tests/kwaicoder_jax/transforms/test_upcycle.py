@@ -209,7 +209,7 @@ def test_kinds_agree_to_the_bit(params, partition):
         ({"router": "argmax"}, r"upcycle\.router: no router 'argmax'"),
         ({"routed_scale": 2.0}, r"upcycle\.routed_scale"),
         ({"router": "sigmoid", "routed_scale": 0.0}, r"upcycle\.routed_scale"),
-        ({"scale_placement": "cube_root"}, r"upcycle\.scale_placement"),
+        ({"scale_placement": "gate"}, r"upcycle\.scale_placement: no placement 'gate'"),
         ({"partition": "alphabetic"}, r"upcycle\.partition"),
         ({"partition": "balanced"}, r"upcycle\.partition: a balanced partition needs scores"),
         ({"partition": "balanced", "scores": scores_of(CONFIG.replace(layers=5))}, r"upcycle\.scores"),
