@@ -57,22 +57,21 @@ def partition(
     routed = mlp_dim - (0 if shared_LS is None else shared_LS.shape[1])
     check_granularity(granularity, routed)
     rest_LP = None if shared_LS is None else _complement(shared_LS, mlp_dim)
-    order_RLP: np.ndarray | None
     options = (routed, granularity, neurons_LF, coactivation, rest_LP)
     if len(methods) == 1:
         order_RLP = _one(methods[0], replicas, seed, *options)
     else:
         order_RLP = _beside([_one(each, 1, seed + r, *options) for r, each in enumerate(methods)], routed)
-    if order_RLP is not None:
-        runs = order_RLP.reshape(*order_RLP.shape[:2], granularity, -1)
-        order_RLP = np.sort(runs, axis=-1).reshape(order_RLP.shape)
-    if rest_LP is None:
-        return order_RLP
     if order_RLP is None:
-        return rest_LP[None]
-    layers = max(len(rest_LP), order_RLP.shape[1])
-    order_RLP = np.broadcast_to(order_RLP, (len(order_RLP), layers, routed))
-    return np.take_along_axis(np.broadcast_to(rest_LP, order_RLP.shape), order_RLP, axis=-1)
+        return None if rest_LP is None else rest_LP[None]
+    order_RLP = np.sort(order_RLP.reshape(*order_RLP.shape[:2], granularity, -1), axis=-1).reshape(order_RLP.shape)
+    return order_RLP if rest_LP is None else _named(order_RLP, rest_LP)
+
+
+def _named(order_RLP: np.ndarray, rest_LP: np.ndarray) -> np.ndarray:
+    """Positions among the routed neurons [R, L or 1, P] as indices of neurons, [R, L, P]."""
+    shape = (len(order_RLP), *rest_LP.shape)
+    return np.take_along_axis(np.broadcast_to(rest_LP, shape), np.broadcast_to(order_RLP, shape), axis=-1)
 
 
 def _beside(orders: list[np.ndarray | None], routed: int) -> np.ndarray:
