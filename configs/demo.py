@@ -88,10 +88,22 @@ def get_config() -> ConfigDict:
         "replicas": 2,
         "top_replicas": 1,
         "experts_per_token": config_dict.placeholder(int),  # lossy unless a multiple of granularity
-        "router": "topk_softmax",
-        "scale_placement": "balanced",
-        "partition": "contiguous",
+        "router": "topk_softmax",  # or softmax_topk_renormalised, sigmoid; softmax_topk is lossy
+        "routed_scale": 1.0,  # of the sigmoid router
+        "router_bias": False,  # a selection bias per expert, for the sigmoid router
+        "router_init": "normal",  # or zeros, orthogonal, centroids
+        "router_std": config_dict.placeholder(float),
+        "scale_placement": "balanced",  # or down, up; cube_root is lossy
+        "partition": "contiguous",  # or balanced, random, coactivation, ..._per_replica, or one for each replica
+        "shared_neurons": 0,  # most important neurons of a layer, which form an always-on expert
+        "shared_gate": False,
+        "shared_scale": config_dict.placeholder(float),  # lossy unless 2 behind a gate and 1 without
+        "drop_ratio": 0.0,  # share of an expert's neurons to draw anew; lossy
+        "drop_replicas": (),  # indices of the replicas that it concerns; none named for all
         "allow_lossy": False,
+        "steps": 8,  # calibration batches, where scores or statistics are needed
+        "calibration": phase(1.0, broad, 0.0, {"peak": 0.0}),
+        "coactivation": {"share": 0.1, "sketch": 0},
     }
     config.cpt = training(
         200,

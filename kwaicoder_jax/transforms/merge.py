@@ -14,7 +14,7 @@ import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms.arrays import Array, namespace, scaled
+from kwaicoder_jax.transforms.arrays import Array, namespace, scaled, take
 from kwaicoder_jax.transforms.split import shards
 
 
@@ -24,6 +24,7 @@ class ScalePlacement(enum.StrEnum):
     BALANCED = "balanced"  # gate 1, up sqrt(A), down sqrt(A): exact to rounding
     DOWN = "down"  # (1, 1, A): exact to the bit for a power of two
     UP = "up"  # (1, A, 1): the same
+    CUBE_ROOT = "cube_root"  # A^(1/3) on all three, as published; changes a SwiGLU's function
 
 
 def scale(
@@ -58,6 +59,8 @@ def placed(placement: str, factor: float) -> dict[str, float]:
         raise UserError(
             f"no placement {placement!r}", where="upcycle.scale_placement", remedy=f"use {choices}"
         ) from error
+    if chosen is ScalePlacement.CUBE_ROOT:
+        return dict.fromkeys(("gate", "up", "down"), factor ** (1 / 3))
     up = {ScalePlacement.BALANCED: factor**0.5, ScalePlacement.DOWN: 1.0, ScalePlacement.UP: factor}[chosen]
     down = {ScalePlacement.BALANCED: factor**0.5, ScalePlacement.DOWN: factor, ScalePlacement.UP: 1.0}[chosen]
     return {"gate": 1.0, "up": up, "down": down}
@@ -84,7 +87,7 @@ def experts(
       target_axes: declared axes of the expert parameter, with "experts" and "expert_mlp".
       granularity: G.
       replicas: R.
-      order_RLF: from `split.partition`.
+      order_RLF: from `partition.partition`; may name a part of the neurons only.
       factor: this matrix's share of A.
     """
     work = _experts if namespace(array) is np else _experts_on_device
@@ -109,19 +112,6 @@ _experts_on_device = functools.partial(
 )(_experts)
 
 
-def router(shape: tuple[int, ...], axes: tuple[str, ...], *, granularity: int, std: float, seed: int) -> np.ndarray:
-    """Router columns, float32: one random row per replica, N(0, std), copied to its G shards, which get the same bits.
-
-    Drawn by numpy, so that every back end, mesh and jit boundary sees the same router.
-
-    Args:
-      shape: of the declared parameter, with E = R*G along "experts".
-      axes: its declared axes.
-      granularity: G.
-      std: standard deviation of the entries.
-      seed: of the draw.
-    """
-    place = axes.index("experts")
-    drawn = (*shape[:place], shape[place] // granularity, *shape[place + 1 :])
-    rows = np.random.default_rng(seed).standard_normal(drawn, dtype=np.float32) * np.float32(std)
-    return np.repeat(rows, granularity, axis=place)
+def shared(array: Array, axis: int, neurons_LS: np.ndarray, factor: float) -> Array:
+    """The shared expert's matrix: the neurons of each layer along `axis` of [L, ...], scaled."""
+    return scaled(take(array, neurons_LS, axis), factor)

@@ -12,6 +12,8 @@ import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.transforms import groups
+from kwaicoder_jax.transforms.activations import observe
 
 Batch = Mapping[str, Any]  # "inputs", "positions", "segment_ids", "targets", "loss_mask": [B, T]
 
@@ -28,6 +30,10 @@ class Report:
       tokens: tokens under the loss mask.
       layer_relative_error_L: per layer, the root of sum |moe - dense|^2 over sum |dense|^2 of the residual stream after
         it, over unpadded tokens; None unless asked for.
+      load_LE: of a mixture, share of the unpadded tokens that chose each expert; a layer's sum is experts per token.
+      border_ties_L: of a mixture of known granularity, unpadded tokens whose k-th and (k+1)-th replica have the same
+        router value to the bit, so that the order of the experts decides between them.
+      broken_groups_L: of the same, unpadded tokens that took experts of more than k replicas.
     """
 
     max_relative_logit_error: float
@@ -36,10 +42,41 @@ class Report:
     kl_dense_to_moe: float
     tokens: float
     layer_relative_error_L: list[float] | None = None
+    load_LE: list[list[float]] | None = None
+    border_ties_L: list[int] | None = None
+    broken_groups_L: list[int] | None = None
+
+    @property
+    def loss_jump(self) -> float:
+        """What the other model's loss is above the dense one's, nats per token."""
+        return self.valid_loss_moe - self.valid_loss_dense
+
+    @property
+    def load_max_over_mean_L(self) -> list[float] | None:
+        """Per layer, the largest expert's load over the mean."""
+        return None if self.load_LE is None else [max(load_E) * len(load_E) / sum(load_E) for load_E in self.load_LE]
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dict."""
-        return dataclasses.asdict(self)
+        """A JSON-able dict; of what is counted per layer, also the sum over layers (of loads: the mean)."""
+        values = dataclasses.asdict(self) | {"loss_jump": self.loss_jump}
+        if self.load_max_over_mean_L is not None:
+            values["load_max_over_mean_L"] = self.load_max_over_mean_L
+            values["load_max_over_mean"] = float(np.mean(self.load_max_over_mean_L))
+        for name, each in (("border_ties", self.border_ties_L), ("broken_groups", self.broken_groups_L)):
+            if each is not None:
+                values[name] = sum(each)
+        return values
+
+    def table(self) -> str:
+        """One line per layer: error, ties, broken groups, load."""
+        lines = [f"{'layer':>5s} {'error':>9s} {'ties':>7s} {'broken':>7s} {'load max/mean':>14s}"]
+        columns = (self.layer_relative_error_L, self.border_ties_L, self.broken_groups_L, self.load_max_over_mean_L)
+        for layer in range(max((len(each) for each in columns if each is not None), default=0)):
+            cells = [None if each is None else each[layer] for each in columns]
+            formats = zip(cells, ("9.1e", "7d", "7d", "14.2f"))
+            texts = ["-".rjust(int(f.split(".")[0].rstrip("d"))) if x is None else format(x, f) for x, f in formats]
+            lines.append(" ".join([f"{layer:5d}", *texts]))
+        return "\n".join(lines)
 
 
 def verify(
@@ -51,6 +88,7 @@ def verify(
     *,
     runtime: models.Runtime | None = None,
     per_layer: bool = False,
+    granularity: int | None = None,
     logit_elements: int = 1 << 24,
 ) -> Report:
     """Compares two models of one vocabulary over all `batches`.
@@ -65,6 +103,8 @@ def verify(
       batches: dicts of "inputs", "positions", "segment_ids", "targets", "loss_mask", each [B, T].
       runtime: how to compute both.
       per_layer: also compare the residual stream after each layer; needs all of them in memory.
+      granularity: G of the other model, if it is a mixture with virtual groups (the record's "granularity"): to count
+        ties and broken groups.
       logit_elements: most elements of one model's logits that are live at once.
 
     Raises:
@@ -84,7 +124,7 @@ def verify(
             one = _compare(
                 dense_params, moe_params, {name: batch[name] for name in _FIELDS},
                 configs=(dense_config, moe_config), runtime=runtime or models.Runtime(), per_layer=per_layer,
-                logit_elements=logit_elements,
+                granularity=granularity if moe_config.experts else None, logit_elements=logit_elements,
             )  # fmt: skip
         one = jax.tree.map(lambda x: np.asarray(x, np.float64), one)
         total = one if total is None else {name: _JOIN.get(name, np.add)(total[name], one[name]) for name in one}
@@ -98,6 +138,9 @@ def verify(
         kl_dense_to_moe=float(total["kl"] / total["tokens"]),
         tokens=float(total["tokens"]),
         layer_relative_error_L=layers,
+        load_LE=(total["load"] / total["seen"]).tolist() if "load" in total else None,
+        border_ties_L=total["ties"].astype(int).tolist() if "ties" in total else None,
+        broken_groups_L=total["broken"].astype(int).tolist() if "ties" in total else None,
     )
 
 
@@ -105,14 +148,19 @@ _FIELDS = ("inputs", "positions", "segment_ids", "targets", "loss_mask")
 _JOIN = {"max_error": np.maximum, "max_logit": np.maximum}
 
 
-@functools.partial(jax.jit, static_argnames=("configs", "runtime", "per_layer", "logit_elements"))
-def _compare(dense_params, moe_params, batch, *, configs, runtime, per_layer, logit_elements) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnames=("configs", "runtime", "per_layer", "granularity", "logit_elements"))
+def _compare(
+    dense_params, moe_params, batch, *, configs, runtime, per_layer, granularity, logit_elements
+) -> dict[str, jax.Array]:
     """One batch's sums and maxima, float32."""
     tokens = (batch["inputs"], batch["positions"], batch["segment_ids"])
-    dense, moe = (
-        models.forward(params, config, *tokens, runtime=runtime, collect_layers=per_layer)
-        for params, config in zip((dense_params, moe_params), configs)
-    )
+    dense = models.forward(dense_params, configs[0], *tokens, runtime=runtime, collect_layers=per_layer)
+    counts: dict[str, jax.Array] = {}
+    if granularity is None:
+        moe = models.forward(moe_params, configs[1], *tokens, runtime=runtime, collect_layers=per_layer)
+    else:
+        count = functools.partial(groups.count, experts=configs[1].experts, granularity=granularity)
+        moe, counts = observe(moe_params, configs[1], tokens, count, runtime=runtime, collect_layers=per_layer)
     seen_BT, mask_BT = batch["segment_ids"] > 0, batch["loss_mask"].astype(jnp.float32)
     chunk = min(seen_BT.shape[1], max(1, logit_elements // (configs[0].vocab_size * seen_BT.shape[0])))
     columns = (dense.hidden_BTD, moe.hidden_BTD, batch["targets"], mask_BT, seen_BT)
@@ -126,7 +174,10 @@ def _compare(dense_params, moe_params, batch, *, configs, runtime, per_layer, lo
 
     zero = dict.fromkeys(("max_error", "max_logit", "loss_dense", "loss_moe", "kl"), jnp.zeros(()))
     total, _ = jax.lax.scan(step, zero, chunked)
-    total["tokens"] = jnp.sum(mask_BT)
+    total |= counts | {"tokens": jnp.sum(mask_BT)}
+    if moe.router is not None:
+        total["seen"] = jnp.sum(seen_BT).astype(jnp.float32)
+        total["load"] = moe.router.load_E * total["seen"]
     if per_layer:
         seen = seen_BT[None, :, :, None]
         a, b = (jnp.asarray(output.layers_LBTD, jnp.float32) * seen for output in (dense, moe))

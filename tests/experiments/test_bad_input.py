@@ -72,6 +72,9 @@ def work(finished, tmp_path) -> pathlib.Path:
         ("--config.upcycle.granularity=5", ["upcycle.granularity", "32"]),
         ("--config.upcycle.experts_per_token=3", ["upcycle.experts_per_token", "allow_lossy"]),
         ("--config.upcycle.router=softmax_topk", ["upcycle.router", "allow_lossy"]),
+        ("--config.upcycle.scale_placement=cube_root", ["upcycle.scale_placement", "allow_lossy"]),
+        ("--config.upcycle.drop_ratio=0.5", ["upcycle.drop_ratio", "allow_lossy"]),
+        ("--config.upcycle.shared_neurons=6", ["upcycle.shared_neurons", "4, 8"]),
         ("--config.upcycle.init_from=/nonexistent/folder", ["upcycle.init_from", "/nonexistent/folder"]),
         ("--config.mesh.data=3", ["mesh"]),
     ],
@@ -96,10 +99,28 @@ def test_foreign_checkpoint(work, tmp_path):
 
 
 def test_lossy_is_possible_when_asked_for(work):
-    commands.run("upcycle", work, "--config.upcycle.experts_per_token=3", "--config.upcycle.allow_lossy=True")
+    output = commands.run("upcycle", work, "--config.upcycle.experts_per_token=3", "--config.upcycle.allow_lossy=True")
     summary = commands.summary(work / "upcycle")
     assert summary["lossless"] is False
     assert summary["max_relative_logit_error"] > 1e-3
+    assert summary["loss_jump"] == summary["valid_loss_moe"] - summary["valid_loss_dense"] != 0
+    assert f"jump {summary['loss_jump']:+.4f}" in output
+    assert "lossy: 3 is not a multiple of granularity 4" in output
+
+
+def test_what_needs_calibration_is_measured(work):
+    """Shared neurons, clusters and centroids in one command, and still lossless."""
+    options = {
+        "shared_neurons": 8,
+        "shared_gate": True,
+        "partition": "coactivation,balanced",
+        "router_init": "centroids",
+    }
+    commands.run("upcycle", work, *(f"--config.upcycle.{name}={value}" for name, value in options.items()))
+    summary = commands.summary(work / "upcycle")
+    assert summary["lossless"] is True
+    assert summary["max_relative_logit_error"] <= 1e-5
+    assert summary["broken_groups"] == 0
 
 
 def test_empty_corpus(tmp_path):

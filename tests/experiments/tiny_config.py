@@ -33,8 +33,10 @@ def get_config() -> ConfigDict:
         for phase in section.phases.values():
             phase.update({"batch_size": 8, "sequence_length": 64})
             phase.mixture = ConfigDict(mixture)
-    config.prune.calibration.update({"batch_size": 8, "sequence_length": 64})
-    config.prune.calibration.mixture = ConfigDict(mixture)
+    for section in (config.prune, config.upcycle):
+        section.calibration.update({"batch_size": 8, "sequence_length": 64})
+        section.calibration.mixture = ConfigDict(mixture)
     config.pretrain.steps, config.distill.steps, config.cpt.steps, config.prune.steps = 12, 8, 10, 2
+    config.upcycle.steps = 2
     config.evaluate.update({"num_samples": 1, "max_new_tokens": 4, "infilling_tasks": 4, "infilling_window": 60})
     return config
