@@ -176,5 +176,6 @@ def _over(array: Array, factor: float) -> Array:
     wide = np.promote_types(array.dtype, np.float32)
     if isinstance(array, np.ndarray):
         return (array.astype(wide) / np.asarray(factor, wide)).astype(array.dtype)
-    divisor: Any = jax.lax.optimization_barrier(jnp.asarray(factor, wide))  # or XLA multiplies by its reciprocal
+    # Behind a barrier and as large as the array, or XLA multiplies by the reciprocal of the one number that it is.
+    divisor: Any = jax.lax.optimization_barrier(jnp.full_like(array, factor, dtype=wide))
     return (array.astype(wide) / divisor).astype(array.dtype)

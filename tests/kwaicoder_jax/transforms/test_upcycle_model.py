@@ -16,8 +16,8 @@ from kwaicoder_jax.models.moe import MoE
 from kwaicoder_jax.transforms import upcycle
 
 from . import reference
+from .upcycling import CONFIG, LOSSLESS, LOSSY, SCORES
 
-CONFIG = testing.dense_config(layers=2)
 GRID = [(g, r, k) for g in (1, 2, 4, 8) for r, k in ((1, 1), (2, 1), (2, 2), (8, 1), (8, 2))]
 
 
@@ -32,7 +32,7 @@ def tokens():
 
 
 def weights(params, name):
-    return {key: value[0] for key, value in params["layers"][name].items()}
+    return jax.tree.map(lambda x: x[0], params["layers"][name])
 
 
 def dense_mlp(config, w, x):
@@ -55,6 +55,24 @@ def test_forward_float32(params, tokens, granularity, replicas, top):
     )
     expected, _ = reference.dense_mlp(tokens.astype(np.float64), reference.float64(weights(params, "mlp")))
     assert reference.relative(run_mixture(config, weights(moe, "moe"), tokens), expected) < 1e-5
+
+
+@pytest.mark.parametrize("placement", ["balanced", "down", "up"])
+@pytest.mark.parametrize("name", ["renormalised", "sigmoid_bias", "centroids", "free_diversity", "shared_gate"])
+def test_every_router_and_placement_float32(params, tokens, name, placement):
+    """The layer that is trained, not the reference: one compilation for each router, since placement is in the weights."""
+    options = {"router_std": 0.3} | LOSSLESS[name] | {"scale_placement": placement}
+    moe, config, _ = upcycle.apply(params, CONFIG, granularity=4, replicas=3, **options)
+    expected, _ = reference.dense_mlp(tokens.astype(np.float64), reference.float64(weights(params, "mlp")))
+    assert reference.relative(run_mixture(config, weights(moe, "moe"), tokens), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_control_what_is_lossy_fails_the_same_tolerance(params, tokens, name):
+    """In the layer that is trained, by three orders of magnitude and more."""
+    moe, config, _ = upcycle.apply(params, CONFIG, granularity=4, replicas=3, allow_lossy=True, **LOSSY[name][0])
+    expected, _ = reference.dense_mlp(tokens.astype(np.float64), reference.float64(weights(params, "mlp")))
+    assert reference.relative(run_mixture(config, weights(moe, "moe"), tokens), expected) > 1e-2
 
 
 @pytest.mark.parametrize(("granularity", "top", "placement"), [(4, 1, "down"), (8, 2, "balanced"), (2, 1, "up")])
@@ -86,13 +104,16 @@ def test_forward_bf16_within_a_few_ulp(params, tokens, granularity, top, placeme
         (4, 3, 2, {}),
         (4, 2, 1, {"partition": "random_per_replica", "scale_placement": "down"}),
         (2, 3, 2, {"router": "sigmoid", "routed_scale": 2.5, "scale_placement": "up"}),
+        (4, 3, 2, {"router": "softmax_topk_renormalised", "partition": "balanced_per_replica", "scores": SCORES}),
+        (4, 3, 2, LOSSLESS["shared_gate"]),
     ],
 )
 def test_gradient_identity(params, tokens, granularity, replicas, top, options):
     """sum over replicas of s * dL/dw'_{r,g} = dL/dw_dense[shard g], and the layer's input gets the same gradient."""
     moe, config, record = upcycle.apply(
-        params, CONFIG, granularity=granularity, replicas=replicas, top_replicas=top, router_std=0.3, **options
-    )
+        params, CONFIG,
+        **({"granularity": granularity, "replicas": replicas, "top_replicas": top, "router_std": 0.3} | options),
+    )  # fmt: skip
     cotangent = np.random.default_rng(2).standard_normal(tokens.shape).astype(np.float32)
 
     def gradients(layer, config, w):
@@ -102,16 +123,20 @@ def test_gradient_identity(params, tokens, granularity, replicas, top, options):
     mixed, mixed_x = gradients(mixture, config, weights(moe, "moe"))
     assert reference.relative(mixed_x, dense_x) < 2e-5
     order = record["partition"]["order"]
-    width = CONFIG.mlp_dim // granularity
+    width = config.experts.mlp_dim
     for name in ("gate", "up", "down"):
         axis = 0 if name == "down" else 1
         total = np.zeros(dense[name].shape)
         for e in range(granularity * replicas):
             r, g = divmod(e, granularity)
             neurons = np.arange(CONFIG.mlp_dim) if order is None else np.array(order[r][0])
+            assert width * granularity == len(neurons)
             shard = neurons[g * width : (g + 1) * width]
             part = record["factors"][f"layers/moe/{name}"] * np.asarray(mixed[name][e], np.float64)
             total[(slice(None),) * axis + (shard,)] += part
+        if record["shared"]["neurons"]:
+            part = record["factors"][f"layers/moe/shared/{name}"] * np.asarray(mixed["shared"][name], np.float64)
+            total[(slice(None),) * axis + (np.array(record["shared"]["neurons"][0]),)] += part
         assert reference.relative(total, dense[name]) < 2e-5, name
 
 

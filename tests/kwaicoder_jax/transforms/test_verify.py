@@ -2,12 +2,13 @@
 
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kwaicoder_jax import testing
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms import upcycle, verify
+from kwaicoder_jax.transforms import groups, upcycle, verify
 
 from . import reference
 
@@ -74,6 +75,63 @@ def test_lossless_upcycling_is_seen_as_lossless(params, batches):
     report = verify.verify(params, CONFIG, moe, config, batches, per_layer=True)
     assert report.max_relative_logit_error > 1e-4
     assert report.layer_relative_error_L[0] < 1e-5 < 1e-4 < report.layer_relative_error_L[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "always"),
+    [
+        ({"top_replicas": 2, "router_init": "zeros", "router": "sigmoid", "router_bias": True}, True),
+        ({"top_replicas": 3, "router_init": "zeros"}, False),  # all replicas: there is no border
+    ],
+)
+def test_ties_and_loads_of_whole_groups(params, batches, options, always):
+    moe, config, _ = upcycle.apply(params, CONFIG, granularity=4, replicas=3, **options)
+    report = verify.verify(params, CONFIG, moe, config, batches, granularity=4)
+    tokens = sum((b["segment_ids"] > 0).sum() for b in batches)
+    assert report.border_ties_L == [tokens if always else 0] * 2
+    assert report.broken_groups_L == [0, 0]
+    load_LRG = np.reshape(report.load_LE, (2, 3, 4))
+    assert (np.ptp(load_LRG, axis=-1) < 1e-6).all()
+    np.testing.assert_allclose(load_LRG.sum((1, 2)), config.experts.experts_per_token, rtol=1e-6)
+    if always:
+        np.testing.assert_allclose(load_LRG[:, :, 0], [[1, 1, 0]] * 2, atol=1e-6)
+        assert report.load_max_over_mean_L == pytest.approx([1.5, 1.5])
+    values = json.loads(json.dumps(report.to_dict()))
+    assert values["border_ties"] == sum(report.border_ties_L)
+    assert values["broken_groups"] == 0
+    assert values["loss_jump"] == report.valid_loss_moe - report.valid_loss_dense
+    assert len(report.table().splitlines()) == 3
+
+
+def test_loads_against_the_reference(params, batches):
+    """Of the first layer, from the float64 model's inputs and its own choice, one token at a time."""
+    moe, config, _ = upcycle.apply(params, CONFIG, granularity=4, replicas=3, router_std=0.3)
+    report = verify.verify(params, CONFIG, moe, config, batches, granularity=4)
+    assert report.border_ties_L == report.broken_groups_L == [0, 0]
+    router_DR = np.asarray(moe["layers"]["moe"]["router"][0, :, ::4], np.float64)
+    raw = [reference.forward(params, CONFIG, b)["layers"][0]["mlp_norm_out"][b["segment_ids"] > 0] for b in batches]
+    chosen = np.argmax(np.concatenate(raw) @ router_DR, axis=-1)
+    share_R = np.bincount(chosen, minlength=3) / len(chosen)
+    np.testing.assert_allclose(np.reshape(report.load_LE[0], (3, 4)), np.tile(share_R[:, None], 4), rtol=1e-5)
+    assert report.load_max_over_mean_L[0] == pytest.approx(3 * share_R.max())
+
+
+def test_broken_groups_are_counted(params, batches):
+    """Shard-major order with ties takes two copies of a shard; half a replica more is not a broken group."""
+    moe, config, _ = upcycle.apply(params, CONFIG, granularity=2, replicas=2, router_init="zeros")
+    shard_major = [0, 2, 1, 3]  # what is called replica 0 holds shard 0 twice
+    moe["layers"]["moe"] = {
+        n: x if n == "router" else jnp.take(x, np.array(shard_major), axis=1) for n, x in moe["layers"]["moe"].items()
+    }
+    report = verify.verify(params, CONFIG, moe, config, batches, granularity=2)
+    assert report.max_relative_logit_error > 0.01
+    one_hot = np.zeros((5, 2), int)
+    one_hot[:] = [[0, 1], [2, 3], [1, 2], [0, 3], [3, 2]]
+    ranked = np.array([[1.0, 1, 0, 0], [0, 0, 1, 1], [1, 1, 1, 1], [1, 0, 0, 1], [0, 0, 0, 0]])
+    counts = groups.count_choice(jnp.asarray(ranked), jnp.asarray(one_hot), jnp.array([1, 1, 1, 1, 0]), granularity=2)
+    assert (int(counts["ties"]), int(counts["broken"])) == (2, 2)
+    counts = groups.count_choice(jnp.ones((1, 8)), jnp.array([[0, 1, 2, 3, 4, 5]]), jnp.ones(1), granularity=4)
+    assert (int(counts["ties"]), int(counts["broken"])) == (0, 0)
 
 
 def test_padding_does_not_count(params, batches):
