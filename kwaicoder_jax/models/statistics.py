@@ -92,10 +92,10 @@ def group_norms(mixed_BTHN: jax.Array, out_HND: jax.Array, y_BTD: jax.Array, gro
     if groups == 1:
         return jnp.linalg.norm(y_BTD.astype(jnp.float32), axis=-1, keepdims=True)
     batch, time, width = y_BTD.shape
-    x_BTKJ = mixed_BTHN.reshape(batch, time, groups, -1).astype(jnp.float32)
+    x_KMJ = mixed_BTHN.reshape(batch * time, groups, -1).swapaxes(0, 1).astype(jnp.float32)
     out_KJD = out_HND.reshape(groups, -1, width).astype(jnp.float32)
     if out_KJD.shape[1] > width:
-        return jnp.linalg.norm(jnp.einsum("BTKJ,KJD->BTKD", x_BTKJ, out_KJD), axis=-1)
-    gram_KIJ = jnp.einsum("KID,KJD->KIJ", out_KJD, out_KJD)
-    square_BTK = jnp.sum(jnp.einsum("BTKI,KIJ->BTKJ", x_BTKJ, gram_KIJ) * x_BTKJ, axis=-1)
-    return jnp.sqrt(jnp.maximum(square_BTK, 0.0))
+        square_KM = jnp.sum(jnp.square(x_KMJ @ out_KJD), axis=-1)
+    else:
+        square_KM = jnp.sum((x_KMJ @ (out_KJD @ out_KJD.swapaxes(1, 2))) * x_KMJ, axis=-1)
+    return jnp.sqrt(jnp.maximum(square_KM, 0.0)).T.reshape(batch, time, groups)

@@ -109,7 +109,7 @@ def batch_sums(
         units["expert_neurons"], result["experts"] = layers["moe"]["expert_neurons"], layers["moe"]["experts"]
     if config.experts is not None and config.experts.shared_mlp_dim:
         units["shared_neurons"] = layers["moe"]["shared"]["neurons"]
-    if blocks:
+    if blocks and output.layers_LBTD is not None:
         result["blocks"] = block_influence(output.embedded_BTD, output.layers_LBTD, segments_BT > 0)
     return {**result, "moments": units}
 

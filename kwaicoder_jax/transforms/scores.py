@@ -74,6 +74,6 @@ class Scores:
         """Reads what `save` wrote, by this version or one that knew fewer scores; else a UserError that names the file."""
         try:
             arrays, rest = npz.read(path)
-            return cls(**arrays, **rest)
+            return cls(**{**arrays, **rest})
         except BAD_FILE as error:
             raise UserError(f"not a file of scores ({error})", where=os.fspath(path)) from error
