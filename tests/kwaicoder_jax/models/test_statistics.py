@@ -28,7 +28,7 @@ def test_reductions_match_numpy():
     np.testing.assert_allclose(np.sum(share), mask.sum(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["odd", "moe_bias", "moe_shared_gate"])
+@pytest.mark.parametrize("name", ["odd", "moe_bias"])
 def test_a_model_records_every_unit_and_only_when_asked(name):
     c = testing.small_configs()[name]
     params, batch = testing.random_params(c), testing.random_batch(c, 3, 24)

@@ -74,12 +74,13 @@ def test_layers_energy_and_counts(measured, raw, batches):
     assert reference.relative(scores.final_norm_D, raw_activations.energy_share(raw["final_norm_in"][0])) < TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "changes", [{"heads": 4, "kv_heads": 4}, {"heads": 5, "kv_heads": 1}, {"kv_heads": 2, "head_dim": 22}]
-)
+LAYOUTS = [{"heads": 4, "kv_heads": 4}, {"heads": 5, "kv_heads": 1}, {"kv_heads": 2, "head_dim": 22}]
+
+
+@pytest.mark.parametrize("changes", LAYOUTS)
 def test_groups_of_other_layouts(changes):
     """A KV head each, one KV head, and groups wider than the model."""
-    config = testing.dense_config(layers=2, **changes)
+    config = testing.dense_config(layers=1, **changes)
     params, batches = testing.random_params(config), make_batches(config)
     scores = importance.collect(params, config, batches)
     expected = raw_activations.of(params, config, batches)
