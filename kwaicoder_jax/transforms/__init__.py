@@ -5,7 +5,7 @@ its devices), and returns a JSON-able record of what it did.
 """
 
 from kwaicoder_jax.transforms import importance, merge, prune, split, upcycle, verify
-from kwaicoder_jax.transforms.prune import Target
 from kwaicoder_jax.transforms.scores import Scores
+from kwaicoder_jax.transforms.target import Target
 
 __all__ = ["Scores", "Target", "importance", "merge", "prune", "split", "upcycle", "verify"]

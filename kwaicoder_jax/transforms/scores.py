@@ -17,7 +17,7 @@ class Scores:
     """Importance of every unit (higher is kept first) and the energy that the norm correction needs; numpy arrays.
 
     Attributes:
-      neurons_LF: MLP neurons, from the activations entering the down projection.
+      neurons_LF: MLP neurons, from the activations entering the down projection; None for a mixture.
       heads_LH: query heads, from the norm of each head's output entering the output projection.
       groups_LK: KV groups: root of the summed squares, over the heads of a group, of head score times the Frobenius
         norm of its output matrix; a stand-in for ||attn_g W_o,g|| that needs no second pass.
@@ -29,9 +29,15 @@ class Scores:
       tokens: unpadded tokens seen.
       sequences: rows seen that had any token.
       aggregation: how the width scores were reduced: "batch" and "sequence" (mean, l2, var), "weight_aware" (bool).
+      blocks_LL: influence of contiguous blocks: [i, j], j >= i, is 1 - cos of the residual stream before layer i and
+        after layer j; None where it was not measured, as everything below.
+      leave_one_out_L: increase of the loss without each layer, nats per token.
+      experts_LE: experts of a mixture.
+      expert_neurons_LEF: their neurons.
+      shared_neurons_LS: neurons of the shared expert.
     """
 
-    neurons_LF: np.ndarray
+    neurons_LF: np.ndarray | None
     heads_LH: np.ndarray
     groups_LK: np.ndarray
     channels_D: np.ndarray
@@ -42,6 +48,11 @@ class Scores:
     tokens: int
     sequences: int
     aggregation: dict[str, Any]
+    blocks_LL: np.ndarray | None = None
+    leave_one_out_L: np.ndarray | None = None
+    experts_LE: np.ndarray | None = None
+    expert_neurons_LEF: np.ndarray | None = None
+    shared_neurons_LS: np.ndarray | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes one .npz file, whole or not at all."""
