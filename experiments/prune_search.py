@@ -23,14 +23,13 @@ def wanted(context: Context) -> bool:
 
 
 def rules(context: Context) -> tuple[transforms.shapes.Budget, transforms.shapes.Space]:
-    """The budget and the space of the config."""
+    """The budget and the space of the config, checked as far as they can be without scores."""
     section = context.section["search"]
     budget = {name: section[name] for name in (*_BUDGET, "chip", "context", "batch")}
     space = {name: section[name] for name in ("multiples", "minimum", "least", "granularity")}
-    return (
-        build(transforms.shapes.Budget, budget, "prune.search"),
-        build(transforms.shapes.Space, space, "prune.search"),
-    )
+    limits = build(transforms.shapes.Budget, budget, "prune.search")
+    limits.serving()  # an unknown chip is an error before the work begins
+    return limits, build(transforms.shapes.Space, space, "prune.search")
 
 
 @dataclasses.dataclass
