@@ -3,23 +3,20 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from kwaicoder_jax import hardware, models
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms import depth, heads
+from kwaicoder_jax.transforms import depth
 from kwaicoder_jax.transforms.costs import Cost, Costs, Serving
+from kwaicoder_jax.transforms.retained import SCORES, kept_share
 from kwaicoder_jax.transforms.scores import Scores
 from kwaicoder_jax.transforms.target import Target, present
 
 WHERE = "prune.search"
 MOST = 2_000_000  # shapes that are enumerated: some minutes
 _MULTIPLES = {"model_dim": 64, "mlp_dim": 64, "expert_dim": 64, "shared_dim": 64}
-_SCORES = {"mlp_dim": "neurons_LF", "experts": "experts_LE", "expert_dim": "expert_neurons_LEF",
-           "shared_dim": "shared_neurons_LS"}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +154,7 @@ def _targets(
     per_group = have["heads"] // have["kv_heads"]
     choices: dict[str, list[Any]] = {}
     for name, size in have.items():
-        measured = name not in _SCORES or getattr(scores, _SCORES[name]) is not None
+        measured = name not in SCORES or getattr(scores, SCORES[name]) is not None
         choices[name] = space.choices(name, size) if measured else [size]
         if not choices[name]:
             raise UserError(
@@ -182,54 +179,6 @@ def _targets(
         sizes = dict(zip(choices, values))
         sizes["kv_heads"], sizes["heads"] = sizes["kv_heads"]
         yield Target(**sizes, experts_per_token=used)
-
-
-def kept_share(
-    config: models.ModelConfig, scores: Scores, protect_ends: bool, layer_scores: str
-) -> Callable[[Target], float]:
-    """A function from a target to the logarithm of the share of importance that it keeps: the search's cheap proxy.
-
-    The product over axes of: the kept layers' share of block influence; the kept share of squared scores, summed over
-    layers, of channels, neurons, heads, and of experts and their neurons. Cost says nothing here: a shape is measured
-    for what it keeps, not for how much of the budget it fills.
-    """
-    layers = config.layers
-
-    def of_layers(count: int) -> float:
-        kept_L = depth.keep(scores, count, layer_scores, protect_ends)
-        influence_L = np.maximum(scores.layers_L, 0)
-        return _ratio(influence_L[kept_L].sum(), influence_L.sum())
-
-    def of_heads(pair: tuple[int, int]) -> float:
-        kept_LH, _ = heads.keep(scores.heads_LH, scores.groups_LK, *pair)
-        square_LH = np.square(scores.heads_LH)
-        return _ratio(np.take_along_axis(square_LH, kept_LH, 1).sum(), square_LH.sum())
-
-    def of_units(name: str) -> Callable[[int], float]:
-        values = getattr(scores, _SCORES.get(name, "channels_D"))
-        square = None if values is None else -np.sort(-np.square(values), axis=-1)
-        return lambda count: 1.0 if square is None else _ratio(square[..., :count].sum(), square.sum())
-
-    units: dict[str, Callable[[Any], float]] = {
-        name: of_units(name) for name in present(config) if name in (*_SCORES, "model_dim")
-    }
-    units |= {"layers": of_layers, "heads": of_heads}
-    known: dict[tuple[str, Any], float] = {}
-
-    def share(target: Target) -> float:
-        total = 0.0
-        for name, measure in units.items():
-            size = (target.heads, target.kv_heads) if name == "heads" else getattr(target, name)
-            if (name, size) not in known:
-                known[name, size] = math.log(max(measure(size), 1e-12)) if (name, size) != ("layers", layers) else 0.0
-            total += known[name, size]
-        return total
-
-    return share
-
-
-def _ratio(part: float, whole: float) -> float:
-    return float(part / whole) if whole > 0 else 1.0
 
 
 def spread(shapes: Sequence[Shape], count: int) -> list[Shape]:
