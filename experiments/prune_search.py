@@ -66,9 +66,7 @@ def run(
 
         def keep(row: search.Row) -> None:
             rows[row.name] = row
-            files.write_text(
-                place, "".join(json.dumps(each.to_dict(), sort_keys=True) + "\n" for each in rows.values())
-            )
+            files.write_text(place, "".join(json.dumps(each.to_dict()) + "\n" for each in rows.values()))
             update(
                 sum((each.kl is not None) + (each.distilled_loss is not None) for each in rows.values()),
                 f"KL {row.kl:.3f}",

@@ -10,6 +10,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms import divergence, prune, shapes
@@ -135,7 +137,9 @@ def run(
     for place, row in enumerate(rows):
         if row.kl is None:
             teacher = teacher or divergence.Teacher(params, config, batches, runtime=runtime)
-            student, student_config, _ = prune.apply(params, config, scores, Target(**row.sizes), **options)
+            student, student_config, _ = _pruned(
+                params, config, prune.plan(config, scores, Target(**row.sizes), **options)
+            )
             measured = teacher.distance(student, student_config)
             rows[place] = dataclasses.replace(row, kl=measured.kl, loss=measured.loss)
             on_row(rows[place])
@@ -143,10 +147,20 @@ def run(
     for place in best[: distil_top if distil else 0]:
         if rows[place].distilled_loss is None:
             assert distil is not None
-            pruned = prune.apply(params, config, scores, Target(**rows[place].sizes), **options)
-            rows[place] = dataclasses.replace(rows[place], distilled_loss=distil(*pruned))
+            record = prune.plan(config, scores, Target(**rows[place].sizes), **options)
+            rows[place] = dataclasses.replace(rows[place], distilled_loss=distil(*_pruned(params, config, record)))
             on_row(rows[place])
     return Result(count, rows)
+
+
+def _pruned(
+    params: models.Params, config: models.ModelConfig, record: prune.Record
+) -> tuple[models.Params, models.ModelConfig, prune.Record]:
+    """As `prune.apply` gives it, without compiling a slice for every axis of every parameter of every candidate."""
+    student_config = models.ModelConfig.from_dict(record["config_after"])
+    if jax.default_backend() == "cpu" and jax.process_count() == 1:  # numpy reads the same memory
+        return prune.replay(jax.device_get(params), config, record)[0], student_config, record
+    return jax.jit(lambda source: prune.replay(source, config, record)[0])(params), student_config, record
 
 
 def table(
