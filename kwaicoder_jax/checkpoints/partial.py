@@ -78,22 +78,34 @@ class PartialStep:
         return all(part.file in self._present[name] for part in self._parts(name, layer))
 
     def write(self, name: str, array: np.ndarray, layer: int | None = None) -> None:
-        """Writes a tensor, or [1, ...] of one layer of it; on return it is on the disk.
+        """Writes a tensor, or [1, ...] of one layer of it; on return it is on the disk and has its name.
 
         Raises:
           ValueError: another shape or dtype than the step was begun with.
           OSError: the disk is full, for one; what was written before stays.
         """
+        self.stage(name, array, layer)
+        self.commit(name, layer)
+
+    def stage(self, name: str, array: np.ndarray, layer: int | None = None) -> None:
+        """The first half of `write`, which needs the array: hands its bytes to the system."""
         spec = self._specs[name]
         if array.shape != spec.slice_shape or array.dtype != spec.dtype:
             raise ValueError(f"{name}: {array.dtype}{array.shape} instead of {spec.dtype}{spec.slice_shape}")
         bytes_ = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         size = spec.dtype.itemsize
-        for part in self._parts(name, layer):
-            if part.file not in self._present[name]:
-                run = bytes_[part.start * size : part.stop * size]
-                _write_whole(self._place(name) / part.file, run, part.padding * size)
-                self._present[name].add(part.file)
+        for part in self._missing(name, layer):
+            run = bytes_[part.start * size : part.stop * size].data
+            _stage(self._place(name) / part.file, run, bytes(part.padding * size))
+
+    def commit(self, name: str, layer: int | None = None) -> None:
+        """The second half of `write`, which waits for the disk."""
+        for part in self._missing(name, layer):
+            _commit(self._place(name) / part.file)
+            self._present[name].add(part.file)
+
+    def _missing(self, name: str, layer: int | None) -> list[layout.Part]:
+        return [part for part in self._parts(name, layer) if part.file not in self._present[name]]
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Describes the step and makes it visible; `meta` as in CheckpointStore.save."""
@@ -107,34 +119,39 @@ class PartialStep:
         _write_text(description / "metadata", json.dumps(meta))
         _write_text(self._folder / "_CHECKPOINT_METADATA", layout.step_metadata(time.time_ns()))
         for folder in (*map(self._place, self._specs), params, description, self._folder):
-            _sync_folder(folder)
+            _sync(folder)
         if self._target.exists():  # a step that lost a piece: CheckpointStore passes it over as well
             self._target.rmtree()
         self._folder.rename(self._target)
-        _sync_folder(self._target.parent)
+        _sync(self._target.parent)
         (self._target / _BEGUN).unlink()
 
 
 def _write_text(file: epath.Path, text: str) -> None:
-    _write_whole(file, text.encode())
+    _stage(file, text.encode())
+    _commit(file)
 
 
-def _write_whole(file: epath.Path, data: Any, padding: int = 0) -> None:
+def _temporary(file: epath.Path) -> epath.Path:
+    return file.parent / f"{file.name}{layout.TEMPORARY}"
+
+
+def _stage(file: epath.Path, *data: bytes | memoryview) -> None:
+    with _temporary(file).open("wb") as stream:
+        for run in data:
+            stream.write(run)
+
+
+def _commit(file: epath.Path) -> None:
     """The file gets its name when it is on the disk."""
-    temporary = file.parent / f"{file.name}{layout.TEMPORARY}"
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.write(bytes(padding))
-        stream.flush()
-        if os.path.exists(temporary):  # an object store has no such file, and needs none
-            os.fsync(stream.fileno())
-    temporary.replace(file)
+    _sync(_temporary(file))
+    _temporary(file).replace(file)
 
 
-def _sync_folder(folder: epath.Path) -> None:
-    """Makes the names in a folder durable, where folders are such things."""
-    if os.path.isdir(folder):
-        descriptor = os.open(folder, os.O_RDONLY)
+def _sync(place: epath.Path) -> None:
+    """Makes a file's contents or a folder's names durable, where there are such things (an object store has none)."""
+    if os.path.exists(place):
+        descriptor = os.open(place, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

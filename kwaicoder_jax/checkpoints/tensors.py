@@ -62,7 +62,7 @@ class StoredTensor(Tensor):
         """The whole tensor, or [1, ...] of one layer; UserError if a part of it is gone."""
         store = self._array if layer is None else self._array[layer : layer + 1]
         try:
-            if self.slice_bytes(layer) <= READ_BYTES:
+            if self.slice_bytes(layer) <= READ_BYTES or store.size == 1:
                 return store.read().result()
             axis, rows = _pieces(store)
             out = np.empty(store.shape, self.dtype)
@@ -85,7 +85,7 @@ class PlainTensor(Tensor):
         """The whole tensor, or [1, ...] of one layer; UserError if a part of it is gone."""
         spec = self._array
         if layer is not None and not spec.layered:
-            raise IndexError(f"{self.name} is not stored by layers")
+            return self.read()[layer : layer + 1]
         wanted = spec.slices if layer is None else [layer]
         out = np.empty((len(wanted), *spec.shape[1:]) if spec.layered else spec.shape, spec.dtype)
         bytes_ = out.reshape(-1).view(np.uint8)

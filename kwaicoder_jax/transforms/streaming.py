@@ -20,7 +20,7 @@ from kwaicoder_jax.transforms import parameterwise
 from kwaicoder_jax.transforms.parameterwise import Record, Transform
 
 MEMORY_BYTES = 2**30
-WORKERS = 3  # one reads while one computes and one writes
+WORKERS = 5  # some read and compute, which takes memory, while others wait for the disk
 
 
 def run(
@@ -56,14 +56,14 @@ def run(
         return
     of = getattr(transform, "__name__", type(transform).__name__)
     identity = files.digest({"source": tensors.identity, "transform": of, "record": record})
-    partial = checkpoints.PartialStep(target, step, plan.specs, identity)
     try:
+        partial = checkpoints.PartialStep(target, step, plan.specs, identity)
         _write(plan, partial, on_progress or (lambda done, total: None), memory_bytes)
         partial.finish(meta)
     except OSError as error:
         what = f"{error.strerror or error}, with {plan.total_bytes / 1e9:.1f} GB to write in all"
         remedy = "make room, and the same command goes on from there"
-        raise UserError(what, where=str(partial.folder), remedy=remedy) from error
+        raise UserError(what, where=str(target), remedy=remedy) from error
 
 
 def record_of(apply: Callable[[models.Params], tuple[Any, Any, Record]], config: models.ModelConfig) -> Record:
@@ -125,8 +125,10 @@ def _write(
 
     def work(name: str, layer: int | None) -> int:
         with memory.held(plan.memory_bytes(name, layer)):
-            if not stop.is_set():
-                partial.write(name, plan.compute(name, layer), layer)
+            if stop.is_set():
+                return 0
+            partial.stage(name, plan.compute(name, layer), layer)
+        partial.commit(name, layer)
         return plan.specs[name].slice_bytes
 
     with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
