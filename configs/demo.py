@@ -73,6 +73,9 @@ def get_config() -> ConfigDict:
         "importance": {"batch": "l2", "sequence": "mean", "weight_aware": False},
         "norm_correction": True,
         "target": {"layers": 4, "model_dim": 96, "mlp_dim": 256, "heads": 4, "kv_heads": 2},
+        "scores": config_dict.placeholder(str),  # a scores.npz of an earlier run, instead of calibration
+        "streamed": False,  # from checkpoint to checkpoint, for models larger than memory
+        "verify": True,  # of a streamed model: compare losses, with both models in memory
     }
     config.distill = training(
         80, {"phase1": phase(1.0, broad, 0.3, {"peak": 2e-3, "end": 2e-4, "warmup_share": 0.05, "law": "cosine"})}
@@ -92,6 +95,8 @@ def get_config() -> ConfigDict:
         "scale_placement": "balanced",
         "partition": "contiguous",
         "allow_lossy": False,
+        "streamed": False,  # from checkpoint to checkpoint, for models larger than memory
+        "verify": True,  # of a streamed model: compare it with the dense one, with both in memory
     }
     config.cpt = training(
         200,
