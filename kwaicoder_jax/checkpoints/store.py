@@ -149,8 +149,9 @@ def _chunked(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
         return ocp.SaveArgs()
     if any(getattr(key, "key", None) == "layers" for key in path):
         return ocp.SaveArgs(shard_axes=(0,))
-    rows = layout.chunk_shape(layout.Spec(leaf.shape, leaf.dtype))[0]
-    if leaf.shape[0] % rows or leaf.shape[0] < max(leaf.shape):  # Orbax halves the longest axis, by divisors alone
+    written = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+    rows = layout.chunk_shape(layout.Spec(written, leaf.dtype))[0]
+    if written[0] % rows or written[0] < max(written):  # Orbax cuts the longest axis, by divisors alone
         return ocp.SaveArgs()
     return ocp.SaveArgs(chunk_byte_size=layout.CHUNK_BYTES)
 

@@ -12,6 +12,7 @@ import pytest
 from kwaicoder_jax import checkpoints
 from kwaicoder_jax.checkpoints import layout, tensors
 from kwaicoder_jax.errors import UserError
+from tests.kwaicoder_jax.training import devices
 
 META = {"model": {}, "lineage": [], "identity": "abc"}
 
@@ -78,6 +79,11 @@ def test_large_arrays_are_saved_by_layers_and_by_rows(tmp_path, monkeypatch):
     assert chunks == {
         "embedding": (6, 3), "layers/mlp/gate": (1, 3, 5), "layers/norm/scale": (4, 3), "scale": (3,), "one": ()
     }  # fmt: skip
+
+
+def test_large_sharded_arrays_are_saved_by_layers_too():
+    result = devices.run("checkpoints.save_sharded_on_devices", 4)
+    assert result == {"same_bits": True, "chunks": {"embedding": [4, 3], "layers/a": [1, 2, 5], "prime": [29, 3]}}
 
 
 def test_the_others_are_not_read(tmp_path):
