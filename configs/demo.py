@@ -111,6 +111,9 @@ def get_config() -> ConfigDict:
         "head_merge": False,  # add to kept query heads what they have beyond the dropped ones
         "target": {"layers": 4, "model_dim": 96, "mlp_dim": 256, "heads": 4, "kv_heads": 2, **mixture_sizes(int)},
         "search": search(),
+        "scores": config_dict.placeholder(str),  # a scores.npz of an earlier run, instead of calibration
+        "streamed": False,  # from checkpoint to checkpoint, for models larger than memory
+        "verify": True,  # of a streamed model: compare losses, with both models in memory
     }
     config.distill = training(
         80, {"phase1": phase(1.0, broad, 0.3, {"peak": 2e-3, "end": 2e-4, "warmup_share": 0.05, "law": "cosine"})}
@@ -142,6 +145,10 @@ def get_config() -> ConfigDict:
         "steps": 8,  # calibration batches, where scores or statistics are needed
         "calibration": phase(1.0, broad, 0.0, {"peak": 0.0}),
         "coactivation": {"share": 0.1, "sketch": 0},
+        "streamed": False,  # from checkpoint to checkpoint, for models larger than memory
+        "verify": True,  # of a streamed model: compare it with the dense one, with both in memory
+        "optimizer_state": False,  # take Adam's moments along, for cpt.continue_optimizer
+        "second_moment": "between",  # or signal, noise: what the gradients are taken to be made of
     }
     config.cpt = training(
         200,

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from experiments import prune_search
+from experiments import moments, prune_search, streamed
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import (
@@ -32,8 +32,9 @@ OPTIONS = ("norm_correction", "protect_ends", "layer_scores", "head_merge")  # o
 def run(context: Context) -> dict[str, Any]:
     """Writes prune/scores.npz and prune/checkpoints; with a budget also what `prune_search.run` writes."""
     section, mesh, corpus = context.section, mesh_of(context), corpus_of(context)
-    params, config, meta = read_model(context, "init_from", mesh)
+    meta = checkpoints.read_meta(context.inputs["init_from"])
     check_tokenizer(context, "init_from", meta, corpus)
+    config = models.ModelConfig.from_dict(meta["model"])
     searching = prune_search.wanted(context)
     target = transforms.Target() if searching else build(transforms.Target, section["target"], "prune.target")
     target.resolve(config)  # a target that cannot be reached is an error before the work begins
@@ -41,36 +42,57 @@ def run(context: Context) -> dict[str, Any]:
     if searching:
         prune_search.rules(context)
 
+    compare = not section["streamed"] or section["verify"]
+    in_memory = compare or searching or not section["scores"]
+    params = read_model(context, "init_from", mesh)[0] if in_memory else None
     scores = _scores(context, params, config, corpus, calibration, mesh)
     options = {name: section[name] for name in OPTIONS}
     found: dict[str, Any] = {}
     if searching:
         target, found = _search(context, prune_search.Teacher(params, config, scores), corpus, calibration, mesh)
-    student, student_config, record = transforms.prune.apply(params, config, scores, target, **options)
-    student = jax.device_put(student, training.param_shardings(student_config, mesh))
-
-    held_out = validation_of(context, corpus)
-    before = training.HeldOutLoss(config, held_out, mesh, runtime_of(context))(params)
-    after = training.HeldOutLoss(student_config, held_out, mesh, runtime_of(context))(student)
-    source = {"from": section.get("init_from") or previous_checkpoint(context), "record": record}
-    meta = {
-        "model": student_config.to_dict(),
-        "tokenizer": meta["tokenizer"],
-        "lineage": [*meta["lineage"], {"stage": "prune", "identity": context.identity, **source}],
-        "identity": context.identity,
-    }
-    store = checkpoints.CheckpointStore(context.folder / "checkpoints")
-    store.save(0, student, meta)
-    store.close()
-    return {
+    record = transforms.prune.plan(config, scores, target, **options)
+    student_config = models.ModelConfig.from_dict(record["config_after"])
+    student = _write(context, params, config, meta, record, mesh)
+    summary = {
         "params_before": models.count(config),
         "params_after": models.count(student_config),
-        "valid_loss_before": before["valid_loss"],
-        "valid_loss_after": after["valid_loss"],
         "calibration_tokens": scores.tokens,
+        "verified": compare,
         **{f"{name}_after": size for name, size in present(student_config).items()},
         **found,
     }
+    if not compare:
+        context.display.line("not compared with the model before, as prune.verify says")
+        return summary
+    held_out = validation_of(context, corpus)
+    before = training.HeldOutLoss(config, held_out, mesh, runtime_of(context))(params)
+    after = training.HeldOutLoss(student_config, held_out, mesh, runtime_of(context))(student)
+    return {**summary, "valid_loss_before": before["valid_loss"], "valid_loss_after": after["valid_loss"]}
+
+
+def _write(
+    context: Context, params: Any, config: models.ModelConfig, meta: dict[str, Any], record: dict[str, Any], mesh: Any
+) -> Any:
+    """The student's checkpoint, and its parameters where they are in memory."""
+    student_config = models.ModelConfig.from_dict(record["config_after"])
+    source = {"from": context.section["init_from"] or previous_checkpoint(context), "record": record}
+    meta = {
+        "model": record["config_after"],
+        "tokenizer": meta["tokenizer"],
+        "lineage": [*meta["lineage"], {"stage": "prune", "identity": context.identity, **source}],
+        "identity": context.identity,
+        **moments.data_position(meta),
+    }
+    if context.section["streamed"]:
+        streamed.write(context, transforms.prune, record, meta)
+        abstract = training.abstract_params(student_config, mesh)
+        return checkpoints.read_params(context.folder, abstract) if context.section["verify"] else None
+    student, _ = transforms.prune.replay(params, config, record)
+    student = jax.device_put(student, training.param_shardings(student_config, mesh))
+    store = checkpoints.CheckpointStore(context.folder / "checkpoints")
+    store.save(0, student, meta)
+    store.close()
+    return student
 
 
 def _batches(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any) -> Any:
@@ -88,7 +110,9 @@ def _scores(
     phases: list[data.PhaseSpec],
     mesh: Any,
 ) -> transforms.Scores:
-    """Importance, from prune/scores.npz where an interrupted run left it."""
+    """Importance: as `prune.scores` has it, from prune/scores.npz where an interrupted run left it, or measured."""
+    if context.section["scores"]:
+        return transforms.Scores.load(context.section["scores"])
     place = context.folder / "scores.npz"
     if place.exists():
         return transforms.Scores.load(place)
@@ -123,7 +147,12 @@ def inputs(context: Context) -> dict[str, str]:
     return {"corpus": "prepare_data", "init_from": previous_checkpoint(context)}
 
 
-STAGE = Stage("prune", run, ("loader", "validation"), inputs)
+def other_files(context: Context) -> dict[str, str]:
+    """The file of scores, if one is given."""
+    return {"scores": context.section["scores"]} if context.section.get("scores") else {}
+
+
+STAGE = Stage("prune", run, ("loader", "validation"), inputs, other_files)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -16,6 +16,7 @@ from kwaicoder_jax.transforms import (
     search,
     shapes,
     split,
+    streaming,
     upcycle,
     verify,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "search",
     "shapes",
     "split",
+    "streaming",
     "upcycle",
     "verify",
 ]

@@ -29,6 +29,31 @@ class SecondMoment(enum.StrEnum):
     BETWEEN = "between"  # the geometric mean of both
 
 
+class Moment:
+    """One moment through upcycling, a parameter at a time: a `parameterwise.Transform` on the record of `upcycle`."""
+
+    def __init__(self, order: int, second_moment: str = SecondMoment.BETWEEN):
+        """Takes 0 for m or 1 for v, and a value of SecondMoment."""
+        self.order, self.second_moment = order, second_moment
+        self.__name__ = f"moment{order}_{second_moment}"
+
+    def sources(self, record: Record, name: str, layer: int | None = None) -> dict[str, int | None]:
+        """See `parameterwise.Transform`."""
+        return upcycle.sources(record, name, layer)
+
+    def parameter(self, record: Record, name: str, arrays: dict[str, Array], layer: int | None = None) -> Array:
+        """See `parameterwise.Transform`: as the parameter itself, with its own factor; zeros where that is new."""
+        factors = {name: pair[self.order] for name, pair in moment_factors(record, self.second_moment).items()}
+        same = {**record, "factors": factors, "drop": {**record["drop"], "replicas": []}}
+        array = upcycle.parameter(same, name, arrays, layer)
+        if not arrays:
+            return np.zeros_like(array)
+        d = models.declarations(parameterwise.configs(record)[1])[name]
+        if "expert_mlp" in d.axes and record["drop"]["replicas"]:
+            return _without_dropped(array, d, record, layer or 0)
+        return array
+
+
 def upcycled(
     first: models.Params,
     second: models.Params,
@@ -37,7 +62,7 @@ def upcycled(
     *,
     second_moment: str = SecondMoment.BETWEEN,
 ) -> tuple[models.Params, models.Params]:
-    """The moments of an upcycled model.
+    """The moments of an upcycled model, in memory.
 
     Args:
       first: Adam's m, laid out as the dense parameters; numpy, device or sharded arrays.
@@ -50,11 +75,11 @@ def upcycled(
       m and v, laid out as the mixture's parameters and of the same kind of arrays. New parameters (router, bias, gate)
       and neurons that were drawn anew have zeros.
     """
-    factors = moment_factors(record, second_moment)
-    return tuple(  # type: ignore[return-value]
-        _through(moments, config, record, {name: pair[order] for name, pair in factors.items()})
+    m, v = (
+        parameterwise.replay(Moment(order, second_moment), moments, config, record)
         for order, moments in enumerate((first, second))
     )
+    return m, v
 
 
 def moment_factors(record: Record, second_moment: str = SecondMoment.BETWEEN) -> dict[str, tuple[float, float]]:
@@ -104,29 +129,13 @@ def pruned(
     return results[0], results[1]
 
 
-def _through(
-    moments: models.Params, config: models.ModelConfig, record: Record, factors: dict[str, float]
-) -> models.Params:
-    """One moment through the same splits, orders and copies as the parameters, with its own factors."""
-    same = {**record, "factors": factors, "drop": {**record["drop"], "replicas": []}}
-    flat = models.flatten(parameterwise.replay(upcycle, moments, config, same))
-    declared = models.declarations(parameterwise.configs(record)[1])
-    dense = models.declarations(config)
-    for name, d in declared.items():
-        if name not in dense and name not in factors:
-            flat[name] = scaled(flat[name], 0.0)
-        elif "expert_mlp" in d.axes and record["drop"]["replicas"]:
-            flat[name] = _without_dropped(flat[name], d, record)
-    return models.unflatten(flat)
-
-
-def _without_dropped(array: Array, d: models.Declaration, record: Record) -> Array:
+def _without_dropped(array: Array, d: models.Declaration, record: Record, first_layer: int) -> Array:
     """Zeros where neurons were drawn anew."""
     granularity, count = record["granularity"], record["drop"]["neurons_per_expert"]
-    layers, experts, width = (d.shape[d.axes.index(axis)] for axis in ("layers", "experts", "expert_mlp"))
-    kept_LEF = np.ones((layers, experts, width), np.float32)
-    for layer in range(layers):
+    width, sizes = d.shape[d.axes.index("expert_mlp")], dict(zip(d.axes, array.shape))
+    kept_LEF = np.ones((sizes["layers"], sizes["experts"], width), np.float32)
+    for at in range(sizes["layers"]):
         for expert in (r * granularity + g for r in record["drop"]["replicas"] for g in range(granularity)):
-            kept_LEF[layer, expert, drop.neurons(record["seed"], layer, expert, width, count)] = 0.0
-    shape = [n if axis in ("layers", "experts", "expert_mlp") else 1 for n, axis in zip(d.shape, d.axes)]
+            kept_LEF[at, expert, drop.neurons(record["seed"], first_layer + at, expert, width, count)] = 0.0
+    shape = [n if axis in ("layers", "experts", "expert_mlp") else 1 for n, axis in zip(array.shape, d.axes)]
     return scaled(array, like(array, kept_LEF.reshape(shape)))
