@@ -121,6 +121,7 @@ def get_config() -> ConfigDict:
         "teacher": "pretrain",
         "loss": {"temperature": 1.0, "hidden": True, "hidden_loss": "mse", "cross_entropy": 0.0},
         "hidden_every": 1,  # every n-th kept layer is taught
+        "continue_data": True,  # go on in the data where the stage before ended, so that nothing comes twice
         "baseline": True,  # also train the student without the teacher, to compare
     }
     config.upcycle = {
@@ -157,7 +158,12 @@ def get_config() -> ConfigDict:
             "phase2": phase(0.3, quality, 0.5, {"peak": 1.5e-3, "end": 7e-4, "law": "cosine"}),
             "phase3": phase(0.2, best, 0.3, {"peak": 7e-4, "end": 2e-5, "law": "1-sqrt"}),
         },
-    ) | {"balance": {"load": 0.01, "z": 0.001}}
+    ) | {
+        "balance": {"load": 0.01, "z": 0.001},
+        "continue_data": True,
+        "continue_optimizer": False,  # with Adam's moments, from upcycle.optimizer_state
+        "match_rates": False,  # learning rate times s, epsilon over s * R, on matrices that upcycling scaled by s
+    }
     config.evaluate = {
         "init_from": config_dict.placeholder(str),
         "benchmarks": ("house_functions", "infilling"),

@@ -6,10 +6,12 @@ python -m experiments.cpt --config=configs/demo.py --workdir=runs/demo
 import functools
 from typing import Any
 
+from experiments import moments
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import Run, build, check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, train
-from kwaicoder_jax import models, training
+from kwaicoder_jax import models, training, transforms
+from kwaicoder_jax.errors import UserError
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -33,6 +35,7 @@ def run(context: Context) -> dict[str, Any]:
         frozen={},
         flops_per_token=functools.partial(models.train_flops_per_token, config),
         lineage=[*meta["lineage"], {"stage": "cpt", "identity": context.identity}],
+        **_continued(context, meta, config, mesh),
     )
     summary = train(context, job, corpus, mesh)
     loads = [r for r in training.read_metrics(context.folder / "metrics.jsonl") if "expert_load_max_over_mean" in r]
@@ -40,6 +43,23 @@ def run(context: Context) -> dict[str, Any]:
         summary["expert_load_max_over_mean"] = loads[-1]["expert_load_max_over_mean"]
         summary["router_entropy"] = loads[-1]["router_entropy"]
     return summary
+
+
+def _continued(context: Context, meta: dict[str, Any], config: models.ModelConfig, mesh: Any) -> dict[str, Any]:
+    """What goes on from the training before: data, Adam's moments, and rates that follow the scaled matrices."""
+    section, more = context.section, {}
+    if section["continue_data"]:
+        more["data_position"] = moments.data_position(meta).get("data_position")
+    if section["continue_optimizer"]:
+        abstract = training.abstract_params(config, mesh)
+        more["moments"] = lambda: moments.read(context.inputs["init_from"], abstract)
+    if section["match_rates"]:
+        record = next((step["record"] for step in reversed(meta["lineage"]) if step["stage"] == "upcycle"), None)
+        if record is None:
+            raise UserError("the model was not upcycled", where="cpt.match_rates", remedy="set it to False")
+        more["multipliers"] = transforms.optimizer_state.rate_multipliers(record)
+        more["epsilons"] = transforms.optimizer_state.epsilon_factors(record)
+    return more
 
 
 def inputs(context: Context) -> dict[str, str]:

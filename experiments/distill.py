@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from experiments import moments
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import (
@@ -46,6 +47,7 @@ def run(context: Context) -> dict[str, Any]:
 
     projections = jax.device_put(projections, training.replicated(mesh)) if settings.hidden else {}
     extras = {"projections": projections} if settings.hidden else {}
+    position = moments.data_position(meta).get("data_position") if context.section["continue_data"] else None
     abstract = {"model": training.abstract_params(config, mesh)}
     job = Run(
         folder=context.folder,
@@ -56,6 +58,7 @@ def run(context: Context) -> dict[str, Any]:
         frozen=teacher,
         flops_per_token=flops_per_token,
         lineage=[*meta["lineage"], {"stage": "distill", "identity": context.identity}],
+        data_position=position,
     )
     summary = train(context, job, corpus, mesh, "with teacher")
     if context.section["baseline"]:
@@ -96,6 +99,7 @@ def _baseline(context: Context, job: Run, student: Any, config: models.ModelConf
         frozen={},
         flops_per_token=functools.partial(models.train_flops_per_token, config),
         lineage=[*job.lineage[:-1], {"stage": "distill/baseline", "identity": context.identity}],
+        data_position=job.data_position,
     )
 
 

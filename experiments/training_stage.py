@@ -149,6 +149,10 @@ class Run:
       frozen: what the loss sees but does not train.
       flops_per_token: of one training token, by sequence length.
       lineage: of the checkpoints it writes.
+      data_position: state of an earlier run's loader, to go on where that ended.
+      moments: Adam's m, v and step count, laid out as the model.
+      multipliers: learning-rate factor by parameter.
+      epsilons: factor on Adam's epsilon by parameter.
     """
 
     folder: Any
@@ -159,6 +163,10 @@ class Run:
     frozen: Any
     flops_per_token: Callable[[int], float]
     lineage: list[dict[str, Any]]
+    data_position: dict[str, Any] | None = None
+    moments: Callable[[], tuple[Any, Any, int]] | None = None
+    multipliers: dict[str, float] | None = None
+    epsilons: dict[str, float] | None = None
 
 
 def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str = "") -> dict[str, Any]:
@@ -167,14 +175,17 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
     phases = phases_of(section, name)
     rate = training.join(phases.rates)
     optimizer = training.make_optimizer(
-        build(training.OptimizerConfig, section["optimizer"], f"{name}.optimizer"), rate, run.model
-    )
+        build(training.OptimizerConfig, section["optimizer"], f"{name}.optimizer"), rate, run.model,
+        run.multipliers, run.epsilons,
+    )  # fmt: skip
     shardings = training.state_shardings(run.abstract, optimizer, run.model, mesh)
     make_state = functools.partial(training.make_state, optimizer=optimizer)
     initial = jax.jit(make_state, out_shardings=shardings)
     streams = context.config["loader"]["streams"]
     batches = data.TrainingLoader(corpus, phases.data, seed=context.seed, streams=streams,
                                  process_index=jax.process_index(), process_count=jax.process_count())  # fmt: skip
+    if run.data_position is not None:
+        batches.go_on_from(run.data_position)
     intervals = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
     loop_config = build(training.LoopConfig, intervals, name)
     loader = data.prefetch(batches)
@@ -184,7 +195,7 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
         loop = training.Loop(
             config=loop_config,
             step=training.make_step(run.loss, optimizer, rate, shardings),
-            initial_state=lambda: initial(run.load()),
+            initial_state=lambda: _with_moments(initial(run.load()), run),
             abstract=training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
             frozen=run.frozen,
             loader=loader,
@@ -212,6 +223,18 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
             loader.close()
             store.close()
     return summarise(run.folder)
+
+
+def _with_moments(state: training.TrainState, run: Run) -> training.TrainState:
+    """The state of a fresh start, with Adam's moments and count as they were carried along."""
+    if run.moments is None:
+        return state
+    first, second, count = run.moments()
+    adam = state.opt_state[1]  # behind clipping
+    count = jax.device_put(np.asarray(count, adam.count.dtype), adam.count.sharding)
+    adam = adam._replace(count=count, mu={**adam.mu, "model": first}, nu={**adam.nu, "model": second})
+    opt_state = (state.opt_state[0], adam, *state.opt_state[2:])
+    return training.TrainState(state.step, state.trainable, opt_state)
 
 
 class _Note:
