@@ -26,7 +26,7 @@ def made_scores(config, seed=0, **given_scores):
     sizes = {"L": config.layers, "D": config.model_dim, "F": config.mlp_dim, "H": config.heads, "K": config.kv_heads}
     arrays = {}
     for field in dataclasses.fields(Scores):
-        if field.name not in ("tokens", "sequences", "aggregation"):
+        if field.default is dataclasses.MISSING and field.name not in ("tokens", "sequences", "aggregation"):
             arrays[field.name] = rng.uniform(0.1, 1.0, [sizes[x] for x in field.name.rsplit("_", 1)[1]])
             if "norm" in field.name:
                 arrays[field.name] /= arrays[field.name].sum(-1, keepdims=True)
