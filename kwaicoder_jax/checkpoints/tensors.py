@@ -168,7 +168,8 @@ def open_tensors(place: str | os.PathLike[str], item: str = "params") -> Tensors
     folder = find(place).absolute() / str(step) / item
     try:
         tree = json.loads((folder / "_METADATA").read_text())
-        names = ["/".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in tree["tree_metadata"].values()]
+        leaves = [x for x in tree["tree_metadata"].values() if not x["value_metadata"].get("skip_deserialize")]
+        names = ["/".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in leaves]
         ocdbt, zarr3 = tree.get("use_ocdbt", True), tree.get("use_zarr3", False)
         context = ts.Context(_CACHE)
         tensors = {name: _open(folder, name, ocdbt, zarr3, context) for name in names}

@@ -20,25 +20,22 @@ MESHES = {
 }
 
 
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute", "collective-broadcast")
+
+
 def largest_arrays(text: str) -> dict[str, int]:
     """By operation, the elements of the largest array that it makes on one device."""
     found: dict[str, int] = {}
-    for dims, operation in re.findall(r"= \w+\[([\d,]*)\]\S* ([\w-]+)\(", text):
-        size = math.prod(int(n) for n in dims.split(",") if n)
-        found[operation] = max(found.get(operation, 0), size)
+    for shapes, operation in re.findall(r"= (\(.*?\)|\S+) ([\w-]+)\(", text):
+        for dims in re.findall(r"\w+\[([\d,]*)\]", shapes):
+            size = math.prod(int(n) for n in dims.split(",") if n)
+            found[operation] = max(found.get(operation, 0), size)
     return found
 
 
 def transforms():
     """By name: config before, record, and the function of parameters."""
     scores = upcycling.scores_of(DENSE)
-    shapes = {"L": DENSE.layers, "D": DENSE.model_dim, "F": DENSE.mlp_dim, "H": DENSE.heads, "K": DENSE.kv_heads}
-    rng = np.random.default_rng(0)
-    full = {
-        name: rng.uniform(0.1, 1, [shapes[letter] for letter in name.rsplit("_", 1)[1]])
-        for name, value in vars(scores).items() if isinstance(value, np.ndarray)
-    }  # fmt: skip
-    scores = type(scores)(**(vars(scores) | full))
     target = Target(layers=3, model_dim=32, mlp_dim=96, heads=4, kv_heads=4)
     yield "prune", DENSE, prune.plan(DENSE, scores, target), prune.replay
     for partition in ("contiguous", "random_per_replica"):
@@ -69,15 +66,19 @@ def main() -> None:
             compiled = work.lower(sharded).compile()
             result = compiled(sharded)
             expected = function(jax.tree.map(np.asarray, params), config, record)[0]
-            whole = max(math.prod(d.shape) for d in models.declarations(config).values() if "layers" in d.axes)
-            largest = {
-                op: n for op, n in largest_arrays(compiled.as_text()).items() if op not in ("constant", "parameter")
-            }
+            sizes = {n: [math.prod(d.shape) for d in models.declarations(c).values() if "layers" in d.axes]
+                     for n, c in (("before", config), ("after", after))}  # fmt: skip
+            largest = largest_arrays(compiled.as_text())
             report[f"{label} {name}"] = {
                 "same": all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(result), jax.tree.leaves(expected))),
-                "whole": whole,
-                "largest": max(largest.values()),
-                "by": {op: n for op, n in largest.items() if n >= whole / 2},
+                "before": max(sizes["before"]),
+                "after": max(sizes["after"]),
+                "array": max(
+                    n for operation, n in largest.items() if operation not in ("parameter", "constant", "tuple")
+                ),
+                "collective": max(
+                    [n for operation, n in largest.items() if operation.startswith(COLLECTIVES)], default=0
+                ),
             }
     print(json.dumps(report))
 

@@ -1,5 +1,7 @@
 """Requests that the tests of upcycling share: every choice at least once."""
 
+import dataclasses
+
 import numpy as np
 
 from kwaicoder_jax import testing
@@ -10,10 +12,12 @@ CONFIG = testing.dense_config(layers=2)
 
 
 def scores_of(config=CONFIG):
+    """Random scores of every unit of a dense model."""
     rng = np.random.default_rng(0)
-    empty = dict.fromkeys([f for f in Scores.__dataclass_fields__ if f[-2] == "_" or f[-3] == "_"], np.zeros(0))
-    return Scores(**(empty | {"neurons_LF": rng.uniform(size=(config.layers, config.mlp_dim))}), tokens=1, sequences=1,
-                  aggregation={})  # fmt: skip
+    sizes = {"L": config.layers, "D": config.model_dim, "F": config.mlp_dim, "H": config.heads, "K": config.kv_heads}
+    names = [field.name for field in dataclasses.fields(Scores) if field.default is dataclasses.MISSING]
+    arrays = {name: rng.uniform(0.1, 1, [sizes[x] for x in name.rsplit("_", 1)[1]]) for name in names if "_" in name}
+    return Scores(**arrays, tokens=1, sequences=1, aggregation={})
 
 
 def coactivation_of(config=CONFIG):
