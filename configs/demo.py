@@ -31,6 +31,40 @@ def training(steps: int, phases: dict[str, ConfigDict]) -> dict:
     }
 
 
+def mixture_sizes(kind: type) -> dict:
+    """The sizes that only a mixture has, left as they are."""
+    return {
+        name: config_dict.placeholder(kind) for name in ("experts", "expert_dim", "shared_dim", "experts_per_token")
+    }
+
+
+def search() -> dict:
+    """The search for a shape: on as soon as a limit is set, and `prune.target` is not read then."""
+    return {
+        "max_params": config_dict.placeholder(int),
+        "max_active_params": config_dict.placeholder(int),
+        "max_bytes": config_dict.placeholder(int),  # of the weights as they are stored
+        "max_latency": config_dict.placeholder(float),  # seconds of a decode step on `chip`, a bound from below
+        "chip": config_dict.placeholder(str),
+        "context": 4096,  # tokens in the cache, for the latency
+        "batch": 1,  # sequences decoded together, for the latency
+        "candidates": 16,  # shapes that are pruned in memory and compared with the teacher
+        "batches": 4,  # calibration batches to compare on
+        "least": 0.5,  # share of each size that stays at least
+        "minimum": {  # the same for one size; 1 leaves it alone
+            **{
+                name: config_dict.placeholder(float) for name in ("layers", "model_dim", "mlp_dim", "heads", "kv_heads")
+            },
+            **mixture_sizes(float),
+        },
+        "multiples": {"layers": 1, "model_dim": 32, "mlp_dim": 32, "heads": 1, "kv_heads": 1, **mixture_sizes(int)},
+        "granularity": 4,  # divides mlp_dim, for upcycling
+        "distill_top": 0,  # distil the best few for a moment, and choose among them by validation loss
+        "distill_steps": 0,
+        "distill_rate": 1e-3,
+    }
+
+
 def get_config() -> ConfigDict:
     """The recipe, one section a stage."""
     broad = {CODE: 0.35, PACKAGES: 0.35, KNOWLEDGE: 0.2, MATHEMATICS: 0.1}
@@ -72,7 +106,14 @@ def get_config() -> ConfigDict:
         "calibration": phase(1.0, broad, 0.0, {"peak": 0.0}),
         "importance": {"batch": "l2", "sequence": "mean", "weight_aware": False},
         "norm_correction": True,
-        "target": {"layers": 4, "model_dim": 96, "mlp_dim": 256, "heads": 4, "kv_heads": 2},
+        "protect_ends": True,  # never drop the first and the last layer
+        "layer_scores": "influence",  # or "block", or "leave_one_out"
+        "head_merge": False,  # add to kept query heads what they have beyond the dropped ones
+        "target": {"layers": 4, "model_dim": 96, "mlp_dim": 256, "heads": 4, "kv_heads": 2, **mixture_sizes(int)},
+        "search": search(),
+        "scores": config_dict.placeholder(str),  # a scores.npz of an earlier run, instead of calibration
+        "streamed": False,  # from checkpoint to checkpoint, for models larger than memory
+        "verify": True,  # of a streamed model: compare losses, with both models in memory
     }
     config.distill = training(
         80, {"phase1": phase(1.0, broad, 0.3, {"peak": 2e-3, "end": 2e-4, "warmup_share": 0.05, "law": "cosine"})}
@@ -104,6 +145,10 @@ def get_config() -> ConfigDict:
         "steps": 8,  # calibration batches, where scores or statistics are needed
         "calibration": phase(1.0, broad, 0.0, {"peak": 0.0}),
         "coactivation": {"share": 0.1, "sketch": 0},
+        "streamed": False,  # from checkpoint to checkpoint, for models larger than memory
+        "verify": True,  # of a streamed model: compare it with the dense one, with both in memory
+        "optimizer_state": False,  # take Adam's moments along, for cpt.continue_optimizer
+        "second_moment": "between",  # or signal, noise: what the gradients are taken to be made of
     }
     config.cpt = training(
         200,

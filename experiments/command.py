@@ -13,14 +13,23 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from experiments.contract import Context, Stage
+from experiments.contract import Context, Section, Stage
 from experiments.contract import run as run_contract
 from experiments.display import Display
 from experiments.stopping import Stop, Stopped
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
-DISK_ERRORS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOTDIR, errno.EEXIST, errno.EDQUOT)
+DISK_ERRORS = (
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.EDQUOT,
+)
 
 
 def define_flags() -> Any:
@@ -47,7 +56,8 @@ def execute(work: Callable[[Stop, Display], Any]) -> None:
         parse(sys.argv)
         work(stop, display)
     except Stopped:
-        display.line("stopped; the same command goes on from here")
+        again = "the same command without --restart" if _restarts() else "the same command"
+        display.line(f"stopped; {again} goes on from here")
         sys.exit(_flag("preempt_exit_code"))
     except UserError as error:
         _fail(str(error))
@@ -55,6 +65,10 @@ def execute(work: Callable[[Stop, Display], Any]) -> None:
         if error.errno not in DISK_ERRORS:
             raise
         _fail(f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written")
+
+
+def _restarts() -> bool:
+    return any(word.startswith(("--restart", "-restart")) for word in sys.argv)
 
 
 def _flag(name: str) -> Any:
@@ -68,7 +82,7 @@ def _fail(text: str) -> None:
 
 def context_of(stage: Stage, config: ConfigDict, stop: Stop, display: Display) -> Context:
     """A stage's context from the parsed flags."""
-    return Context(stage, _lists(config.to_dict()), files.path(_flag("workdir")).absolute(), display, stop)
+    return Context(stage, Section(_lists(config.to_dict())), files.path(_flag("workdir")).absolute(), display, stop)
 
 
 def _lists(value: Any) -> Any:
@@ -82,16 +96,19 @@ def _lists(value: Any) -> Any:
 
 def parse(argv: list[str]) -> None:
     """Parses absl flags and config overrides; whatever is wrong with them becomes one UserError."""
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        print(sys.modules["__main__"].__doc__, flags.FLAGS.module_help("experiments.command"), sep="\n")
+        sys.exit(0)
     try:
         rest = flags.FLAGS(argv)
         if (config := flags.FLAGS["config"].value) is not None:
             config.to_dict()  # a config file that cannot be loaded says so only here
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError, SyntaxError, ImportError) as error:
+    except Exception as error:  # a config file is a program: anything can come out of it
         raise UserError(*_explain(argv, error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag", remedy="flags look like --config=FILE")
     for name in ("config", "workdir"):
-        if flags.FLAGS[name].value is None:
+        if not flags.FLAGS[name].value:
             raise UserError(
                 "is required", where=f"--{name}", remedy="as in --config=configs/demo.py --workdir=runs/demo"
             )
@@ -113,7 +130,11 @@ def _explain(argv: list[str], error: Exception) -> tuple[str]:
                     fields = sorted(place) if isinstance(place, ConfigDict) else []
                     return (f"config.{name}: no such field {part!r}; the fields here are {', '.join(fields)}",)
                 place = place[part]
-    return (" ".join(str(error).removeprefix(_LATE).split()) or type(error).__name__,)
+    lines = str(error).removeprefix(_LATE).strip().splitlines()
+    if len(lines) > 1 and any("Traceback" in line for line in lines):
+        lines = lines[-1:]
+    known = isinstance(error, flags.Error | OSError)
+    return (" ".join(" ".join(lines).split() if known else [f"{type(error).__name__}:", *" ".join(lines).split()]),)
 
 
 _LATE = (

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import hashlib
+import inspect
 import os
 import subprocess
 import time
@@ -23,6 +25,18 @@ from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
 
+class Section(dict):
+    """A part of the config; a field that is not there is a UserError that names it."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = ""):
+        places = {key: f"{where}.{key}" if where else key for key in values}
+        super().__init__({key: Section(x, places[key]) if isinstance(x, dict) else x for key, x in values.items()})
+        self._where = where
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError("is missing", where=f"{self._where}.{key}".lstrip("."), remedy="add it to the config")
+
+
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """One stage of the recipe.
@@ -32,12 +46,14 @@ class Stage:
       run: does the work and returns the summary.
       sections: config sections beside its own that change its result.
       inputs: names or paths of the stage folders that it reads, given the config.
+      other_files: by config field, the paths of files that it reads beside them; their content counts.
     """
 
     name: str
     run: Callable[["Context"], dict[str, Any]]
     sections: tuple[str, ...] = ()
     inputs: Callable[["Context"], Mapping[str, str]] = lambda context: {}
+    other_files: Callable[["Context"], Mapping[str, str]] = lambda context: {}
 
 
 @dataclasses.dataclass
@@ -100,18 +116,16 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
     if stage.name not in context.config:
         raise UserError(f"the config has no section {stage.name}", where="--config", remedy="add the section")
     context.display.stage(stage.name)
-    if restart and folder.exists():
-        _remove(folder)
     record = _record(context)
     context.identity = record["identity"]
-    _compare(context, record)
     summary_file = folder / "summary.json"
-    if summary_file.exists():
-        summary = files.read_json(summary_file)
-        context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
-        return summary
-    folder.mkdir(parents=True, exist_ok=True)
-    with _only_process(folder):
+    if not restart:
+        _compare(context, record)
+        if summary_file.exists():
+            summary = files.read_json(summary_file)
+            context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
+            return summary
+    with _put_aside(folder, restart), _only_process(folder):
         files.write_json(folder / "stage.json", record)
         started, began = datetime.datetime.now(datetime.UTC), time.monotonic()
         _reset_peak()
@@ -137,6 +151,8 @@ def _record(context: Context) -> dict[str, Any]:
     identities = {}
     for role, name in stage.inputs(context).items():
         context.inputs[role], identities[role] = _input(context, role, name)
+    for field, place in stage.other_files(context).items():
+        identities[field] = _content(f"{stage.name}.{field}", place)
     config = _plain(config)
     identity = files.digest({"stage": stage.name, "config": config, "inputs": identities})
     return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity}
@@ -153,16 +169,28 @@ def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
     from kwaicoder_jax import checkpoints  # here, since it imports jax, and finished stages should answer at once
 
     try:
-        return files.path(name), checkpoints.read_meta(name)["identity"]
+        meta = checkpoints.read_meta(name)
+        step = meta.get("progress", {}).get("step", 0)  # the run may be going on
+        return files.path(name), f"{meta['identity']}@{step}"
     except UserError as error:
         raise UserError(error.what, where=where, remedy=error.remedy) from error
+
+
+def _content(where: str, place: str) -> str:
+    try:
+        return hashlib.sha256(files.path(place).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"{place}: {error.strerror}", where=where, remedy="name a file that can be read") from error
 
 
 def _compare(context: Context, record: dict[str, Any]) -> None:
     """Refuses to go on with files that were made from another config or another input; names the field."""
     file = context.folder / "stage.json"
-    if not file.exists():
+    if _is_untouched(context.folder):
         return
+    if not file.exists():
+        remedy = "restore it, or start the stage over with --restart"
+        raise UserError("is missing, so nobody knows what the stage was made from", where=str(file), remedy=remedy)
     old, name = files.read_json(file), context.stage.name
     state = "finished" if (context.folder / "summary.json").exists() else "begun"
     remedy = f"undo the change, use another --workdir, or start the stage over with --restart ({name} was {state})"
@@ -174,6 +202,19 @@ def _compare(context: Context, record: dict[str, Any]) -> None:
     for role in sorted({**old["inputs"], **record["inputs"]}):
         if old["inputs"].get(role) != record["inputs"].get(role):
             raise UserError("its input is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
+
+
+def check_arguments(
+    function: Callable[..., Any], values: Mapping[str, Any], where: str, given: tuple[str, ...] = ()
+) -> None:
+    """UserError for a config field that `function` does not take or that it lacks; `given` comes from elsewhere."""
+    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in given}
+    for name in values:
+        if name not in parameters:
+            raise UserError("no such field", where=f"{where}.{name}", remedy=f"the fields are {sorted(parameters)}")
+    for name, parameter in parameters.items():
+        if parameter.default is inspect.Parameter.empty and name not in values:
+            raise UserError("is missing", where=f"{where}.{name}", remedy="add it to the config")
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
@@ -191,11 +232,43 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _remove(folder: Any) -> None:
-    """Moves the folder aside before deleting it, so that a kill leaves nothing that looks like a stage."""
-    aside = folder.parent / f".{folder.name}.removed.{os.getpid()}"
-    folder.rename(aside)
-    aside.rmtree()
+def _is_untouched(folder: Any) -> bool:
+    """Whether nothing was done in the folder yet, so that nothing is lost when it is made from something else."""
+    return not folder.exists() or all(file.name in ("stage.json", ".lock") for file in folder.iterdir())
+
+
+@contextlib.contextmanager
+def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
+    """Around the work of a stage: bad input that shows only there leaves the folder as it was.
+
+    With `restart` the old folder stands aside until the new one is finished; a stage that another process is running is
+    left alone.
+    """
+    aside, fresh = folder.parent / f".{folder.name}.replaced", restart or _is_untouched(folder)
+    if restart and folder.exists():
+        with _only_process(folder):
+            if aside.exists():
+                aside.rmtree()
+            folder.rename(aside)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise UserError("cannot be made here", where=str(folder), remedy="choose another --workdir") from error
+    try:
+        yield
+    except UserError:
+        if fresh and not _has_checkpoint(folder):
+            folder.rmtree()
+            if aside.exists():
+                aside.rename(folder)
+        raise
+    if aside.exists():
+        aside.rmtree()
+
+
+def _has_checkpoint(folder: Any) -> bool:
+    place = folder / "checkpoints"
+    return place.exists() and any(step.name.isdigit() for step in place.iterdir())
 
 
 @contextlib.contextmanager

@@ -25,10 +25,23 @@ def run(context: Context) -> dict[str, Any]:
     """Writes evaluate/samples_NAME.jsonl, evaluate/outcomes_NAME.jsonl and evaluate/infilling.jsonl."""
     section = context.section
     chosen = [_benchmark(name) for name in section["benchmarks"] if name != "infilling"]
+    for field in ("num_samples", "max_new_tokens"):
+        if section[field] < 1:
+            raise UserError(f"{section[field]} is less than 1", where=f"evaluate.{field}", remedy="use 1 or more")
+    if not section["temperature"] >= 0:
+        raise UserError(f"{section['temperature']} is negative", where="evaluate.temperature", remedy="0 is greedy")
     if section.get("samples"):
+        if not chosen:
+            known = ", ".join(EXECUTED)
+            raise UserError("no benchmark scores samples", where="evaluate.benchmarks", remedy=f"choose from {known}")
         completions = benchmarks.read_samples(section["samples"])
         return _score(context, chosen, lambda benchmark: completions)
     mesh, corpus = mesh_of(context), corpus_of(context)
+    if "infilling" in section["benchmarks"] and section["infilling_source"] not in corpus.sources:
+        raise UserError(
+            f"the corpus has no source {section['infilling_source']!r}", where="evaluate.infilling_source",
+            remedy=f"it has {', '.join(corpus.sources)}",
+        )  # fmt: skip
     params, config, meta = read_model(context, "init_from", mesh)
     check_tokenizer(context, "init_from", meta, corpus)
     held_out = training.HeldOutLoss(config, validation_of(context, corpus), mesh, runtime_of(context))(params)
@@ -114,7 +127,12 @@ def inputs(context: Context) -> dict[str, str]:
     return {"corpus": "prepare_data", "init_from": previous_checkpoint(context)}
 
 
-STAGE = Stage("evaluate", run, ("validation",), inputs)
+def other_files(context: Context) -> dict[str, str]:
+    """The file of samples to score, if there is one."""
+    return {"samples": context.section["samples"]} if context.section.get("samples") else {}
+
+
+STAGE = Stage("evaluate", run, ("validation",), inputs, other_files)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -25,6 +25,8 @@ def main() -> None:
     def work(stop: Stop, display: Display) -> None:
         config = holder.value
         stages = command.context_of(Stage("pipeline", lambda context: {}), config, stop, display).config["stages"]
+        if not isinstance(stages, tuple | list) or not stages or not all(isinstance(name, str) for name in stages):
+            raise UserError("is no list of stages", where="stages", remedy=f"choose from {', '.join(STAGES)}")
         unknown = [name for name in stages if name not in STAGES]
         if unknown:
             raise UserError(f"no stage {unknown[0]!r}", where="stages", remedy=f"choose from {', '.join(STAGES)}")

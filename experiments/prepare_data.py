@@ -6,7 +6,7 @@ python -m experiments.prepare_data --config=configs/demo.py --workdir=runs/demo
 from typing import Any
 
 from experiments.command import main
-from experiments.contract import Context, Stage
+from experiments.contract import Context, Stage, check_arguments
 from kwaicoder_jax import data
 
 
@@ -30,6 +30,7 @@ def _prepare(context: Context, target: Any, section: dict[str, Any]) -> dict[str
             context.display.line(f"{task}: {done}")
 
     section.pop("seed", None)
+    check_arguments(data.prepare, section, "prepare_data", given=("sources", "target", "seed", "progress"))
     return data.prepare(context.section["sources"], target, seed=context.seed, progress=progress, **section)
 
 

@@ -1,12 +1,16 @@
 """Scores neurons, heads, channels and layers on calibration batches and slices the teacher to a target shape.
 
 python -m experiments.prune --config=configs/demo.py --workdir=runs/demo
+
+With a budget the target is searched for instead of read from the config, as in --config.prune.search.max_params=800000
 """
 
+import itertools
 from typing import Any
 
 import jax
 
+from experiments import moments, prune_search, streamed
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import (
@@ -20,47 +24,121 @@ from experiments.training_stage import (
     validation_of,
 )
 from kwaicoder_jax import checkpoints, data, models, training, transforms
+from kwaicoder_jax.transforms.target import present
+
+OPTIONS = ("norm_correction", "protect_ends", "layer_scores", "head_merge")  # of prune.apply
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Writes prune/scores.npz and prune/checkpoints."""
+    """Writes prune/scores.npz and prune/checkpoints; with a budget also what `prune_search.run` writes."""
     section, mesh, corpus = context.section, mesh_of(context), corpus_of(context)
-    params, config, meta = read_model(context, "init_from", mesh)
+    meta = checkpoints.read_meta(context.inputs["init_from"])
     check_tokenizer(context, "init_from", meta, corpus)
-    target = build(transforms.Target, section["target"], "prune.target")
+    config = models.ModelConfig.from_dict(meta["model"])
+    searching = prune_search.wanted(context)
+    target = transforms.Target() if searching else build(transforms.Target, section["target"], "prune.target")
     target.resolve(config)  # a target that cannot be reached is an error before the work begins
+    calibration = phases_of({**section, "phases": {"calibration": section["calibration"]}}, "prune").data
+    if searching:
+        prune_search.rules(context)
 
-    calibration = phases_of({**section, "phases": {"calibration": section["calibration"]}}, "prune")
-    streams = context.config["loader"]["streams"]
-    batches = (training.shard_batch(batch, mesh) for batch in data.TrainingLoader(
-        corpus, calibration.data, seed=context.seed, streams=streams))  # fmt: skip
-    scores = transforms.importance.collect(
-        params, config, batches, runtime=runtime_of(context), **section["importance"]
-    )
-    scores.save(context.folder / "scores.npz")
-    correction = section["norm_correction"]
-    student, student_config, record = transforms.prune.apply(params, config, scores, target, norm_correction=correction)
-    student = jax.device_put(student, training.param_shardings(student_config, mesh))
-
+    compare = not section["streamed"] or section["verify"]
+    in_memory = compare or searching or not section["scores"]
+    params = read_model(context, "init_from", mesh)[0] if in_memory else None
+    scores = _scores(context, params, config, corpus, calibration, mesh)
+    options = {name: section[name] for name in OPTIONS}
+    found: dict[str, Any] = {}
+    if searching:
+        target, found = _search(context, prune_search.Teacher(params, config, scores), corpus, calibration, mesh)
+    record = transforms.prune.plan(config, scores, target, **options)
+    student_config = models.ModelConfig.from_dict(record["config_after"])
+    student = _write(context, params, config, meta, record, mesh)
+    summary = {
+        "params_before": models.count(config),
+        "params_after": models.count(student_config),
+        "calibration_tokens": scores.tokens,
+        "verified": compare,
+        **{f"{name}_after": size for name, size in present(student_config).items()},
+        **found,
+    }
+    if not compare:
+        context.display.line("not compared with the model before, as prune.verify says")
+        return summary
     held_out = validation_of(context, corpus)
     before = training.HeldOutLoss(config, held_out, mesh, runtime_of(context))(params)
     after = training.HeldOutLoss(student_config, held_out, mesh, runtime_of(context))(student)
-    source = {"from": section.get("init_from") or previous_checkpoint(context), "record": record}
+    return {**summary, "valid_loss_before": before["valid_loss"], "valid_loss_after": after["valid_loss"]}
+
+
+def _write(
+    context: Context, params: Any, config: models.ModelConfig, meta: dict[str, Any], record: dict[str, Any], mesh: Any
+) -> Any:
+    """The student's checkpoint, and its parameters where they are in memory."""
+    student_config = models.ModelConfig.from_dict(record["config_after"])
+    source = {"from": context.section["init_from"] or previous_checkpoint(context), "record": record}
     meta = {
-        "model": student_config.to_dict(),
+        "model": record["config_after"],
         "tokenizer": meta["tokenizer"],
         "lineage": [*meta["lineage"], {"stage": "prune", "identity": context.identity, **source}],
         "identity": context.identity,
+        **moments.data_position(meta),
     }
+    if context.section["streamed"]:
+        streamed.write(context, transforms.prune, record, meta)
+        abstract = training.abstract_params(student_config, mesh)
+        return checkpoints.read_params(context.folder, abstract) if context.section["verify"] else None
+    student, _ = transforms.prune.replay(params, config, record)
+    student = jax.device_put(student, training.param_shardings(student_config, mesh))
     store = checkpoints.CheckpointStore(context.folder / "checkpoints")
     store.save(0, student, meta)
     store.close()
-    return {
-        "params_before": models.count(config),
-        "params_after": models.count(student_config),
-        "valid_loss_before": before["valid_loss"],
-        "valid_loss_after": after["valid_loss"],
-        "calibration_tokens": scores.tokens,
+    return student
+
+
+def _batches(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any) -> Any:
+    """The calibration batches, anew."""
+    streams = context.config["loader"]["streams"]
+    loader = data.TrainingLoader(corpus, phases, seed=context.seed, streams=streams)
+    return (training.shard_batch(batch, mesh) for batch in loader)
+
+
+def _scores(
+    context: Context,
+    params: Any,
+    config: models.ModelConfig,
+    corpus: data.Corpus,
+    phases: list[data.PhaseSpec],
+    mesh: Any,
+) -> transforms.Scores:
+    """Importance: as `prune.scores` has it, from prune/scores.npz where an interrupted run left it, or measured."""
+    if context.section["scores"]:
+        return transforms.Scores.load(context.section["scores"])
+    place = context.folder / "scores.npz"
+    if place.exists():
+        return transforms.Scores.load(place)
+    scores = transforms.importance.collect(
+        params, config, _batches(context, corpus, phases, mesh), runtime=runtime_of(context),
+        **context.section["importance"],
+    )  # fmt: skip
+    scores.save(place)
+    return scores
+
+
+def _search(
+    context: Context, teacher: prune_search.Teacher, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any
+) -> tuple[transforms.Target, dict[str, Any]]:
+    """The target of the shape that was found, and what the summary says of the search."""
+    section = context.section["search"]
+    batches = list(itertools.islice(_batches(context, corpus, phases, mesh), section["batches"]))
+    options = {name: context.section[name] for name in OPTIONS}
+    distil = prune_search.short_distillation(context, teacher, corpus, phases[0], mesh)
+    result = prune_search.run(context, teacher, batches, options, distil)
+    return transforms.Target(**result.best.sizes), {
+        "search_shapes": result.shapes,
+        "search_measured": len(result.rows),
+        "search_distilled": sum(row.distilled_loss is not None for row in result.rows),
+        "search_pareto": len(result.pareto),
+        "search_kl": result.best.kl,
     }
 
 
@@ -69,7 +147,12 @@ def inputs(context: Context) -> dict[str, str]:
     return {"corpus": "prepare_data", "init_from": previous_checkpoint(context)}
 
 
-STAGE = Stage("prune", run, ("loader", "validation"), inputs)
+def other_files(context: Context) -> dict[str, str]:
+    """The file of scores, if one is given."""
+    return {"scores": context.section["scores"]} if context.section.get("scores") else {}
+
+
+STAGE = Stage("prune", run, ("loader", "validation"), inputs, other_files)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -2,25 +2,37 @@
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from experiments.contract import Context
 from experiments.stopping import Stopped
-from kwaicoder_jax import checkpoints, data, models, training
+from kwaicoder_jax import checkpoints, data, files, models, training
 from kwaicoder_jax.errors import UserError
 
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
-    """A dataclass from a config section; an unknown field is a UserError that names it."""
-    known = {field.name for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in known:
-            raise UserError("no such field", where=f"{where}.{name}", remedy=f"the fields are {sorted(known)}")
-    return cls(**values)
+    """A dataclass from a config section; whatever is wrong with a field is a UserError that names it there."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError("no such field", where=f"{where}.{name}", remedy=f"the fields are {sorted(fields)}")
+        wanted = {int: (int,), float: (int, float), str: (str,)}.get(hints[name])
+        if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise UserError(f"{value!r} is not of type {hints[name].__name__}", where=f"{where}.{name}")
+    for name, field in fields.items():
+        if field.default is field.default_factory is dataclasses.MISSING and name not in values:
+            raise UserError("is missing", where=f"{where}.{name}", remedy="add it to the config")
+    try:
+        return cls(**values)
+    except UserError as error:  # a library names fields by the last part of their name alone
+        raise UserError(error.what, where=f"{where}.{error.where.rpartition('.')[2]}", remedy=error.remedy) from error
 
 
 def mesh_of(context: Context) -> Any:
@@ -40,7 +52,14 @@ def corpus_of(context: Context) -> data.Corpus:
 
 def validation_of(context: Context, corpus: data.Corpus) -> dict[str, list[data.Batch]]:
     """The fixed validation batches of the recipe, by source."""
-    return data.validation_batches(corpus, **context.config["validation"])
+    section = context.config["validation"]
+    names = ("sequence_length", "batch_size", "max_tokens_per_source")
+    for name in {*names, *section}:
+        if name not in names:
+            raise UserError("no such field", where=f"validation.{name}", remedy=f"the fields are {', '.join(names)}")
+        if not isinstance(section[name], int) or section[name] < 1:
+            raise UserError(f"{section[name]!r} is not a positive integer", where=f"validation.{name}")
+    return data.validation_batches(corpus, **section)
 
 
 def read_model(context: Context, role: str, mesh: Any) -> tuple[Any, models.ModelConfig, dict[str, Any]]:
@@ -48,7 +67,21 @@ def read_model(context: Context, role: str, mesh: Any) -> tuple[Any, models.Mode
     place = context.inputs[role]
     meta = checkpoints.read_meta(place)
     config = models.ModelConfig.from_dict(meta["model"])
-    return checkpoints.read_params(place, training.abstract_params(config, mesh)), config, meta
+    where, summary = f"{context.stage.name}.{role}", place / "summary.json"
+    steps = files.read_json(summary).get("steps") if summary.exists() else None
+    if steps is not None and meta.get("progress", {}).get("step") != steps:
+        what = f"the newest checkpoint of {place} is not of its last step, {steps}"
+        raise UserError(what, where=where, remedy="copy it again, or run its stage again")
+    params = checkpoints.read_params(place, training.abstract_params(config, mesh))
+    if not bool(_all_finite(params)):
+        what = f"{place} holds numbers that are not finite"
+        raise UserError(what, where=where, remedy="it diverged or is damaged: look at its losses, run its stage again")
+    return params, config, meta
+
+
+@jax.jit
+def _all_finite(params: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params)]))
 
 
 def check_tokenizer(context: Context, role: str, meta: dict[str, Any], corpus: data.Corpus) -> None:
@@ -75,8 +108,10 @@ class Phases:
 def phases_of(section: dict[str, Any], where: str) -> Phases:
     """Cuts `steps` into phases by their shares; borders are rounded to whole steps, each phase has at least one."""
     specs = dict(sorted(section["phases"].items()))
+    if section["steps"] < 1:
+        raise UserError(f"{section['steps']} is less than 1", where=f"{where}.steps", remedy="use 1 or more")
     shares = np.array([spec["share"] for spec in specs.values()], float)
-    if not len(shares) or shares.min() <= 0 or section["steps"] < len(shares):
+    if not len(shares) or not np.all((shares > 0) & np.isfinite(shares)) or section["steps"] < len(shares):
         raise UserError(
             f"{section['steps']} steps in phases of shares {shares.tolist()}", where=f"{where}.phases",
             remedy="give positive shares and at least one step a phase",
@@ -87,14 +122,16 @@ def phases_of(section: dict[str, Any], where: str) -> Phases:
         raise UserError(f"a phase has no step of {section['steps']}", where=f"{where}.steps", remedy="use more steps")
     inputs, rates, last = [], [], 0.0
     for count, (name, spec) in zip(steps, specs.items()):
-        fim = build(data.FimOptions, spec["fim"], f"{where}.phases.{name}.fim")
+        here = f"{where}.phases.{name}"
+        fim = build(data.FimOptions, spec["fim"], f"{here}.fim")
         shape = {key: spec[key] for key in ("batch_size", "sequence_length", "mixture")}
-        inputs.append(data.PhaseSpec(steps=int(count), fim=fim, **shape))
+        inputs.append(build(data.PhaseSpec, {"steps": int(count), "fim": fim, **shape}, here))
         rate = dict(spec["rate"])
-        warmup = round(rate.pop("warmup_share", 0.0) * count)
-        rates.append(
-            build(training.PhaseRate, {"steps": int(count), "warmup": warmup, "start": last, **rate}, f"{where}.rate")
-        )
+        share = rate.pop("warmup_share", 0.0)
+        if not 0 <= share <= 1:
+            raise UserError(f"{share} is not between 0 and 1", where=f"{here}.rate.warmup_share")
+        values = {"steps": int(count), "warmup": round(share * count), "start": last, **rate}
+        rates.append(build(training.PhaseRate, values, f"{here}.rate"))
         last = rates[-1].peak if rates[-1].law == "constant" else rates[-1].end
     return Phases(inputs, rates)
 
@@ -139,12 +176,13 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
     batches = data.TrainingLoader(corpus, phases.data, seed=context.seed, streams=streams,
                                  process_index=jax.process_index(), process_count=jax.process_count())  # fmt: skip
     intervals = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
+    loop_config = build(training.LoopConfig, intervals, name)
     loader = data.prefetch(batches)
     store = checkpoints.CheckpointStore(run.folder / "checkpoints")
     with context.stop.deferred(), context.display.progress(section["steps"], "steps") as update:
         note = _Note(label)
         loop = training.Loop(
-            config=training.LoopConfig(**intervals),
+            config=loop_config,
             step=training.make_step(run.loss, optimizer, rate, shardings),
             initial_state=lambda: initial(run.load()),
             abstract=training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
@@ -194,6 +232,8 @@ def summarise(folder: Any) -> dict[str, Any]:
     """The summary of a finished run, from its metrics alone, so that it does not depend on interruptions."""
     records = training.read_metrics(folder / "metrics.jsonl")
     valid = [record for record in records if "valid_loss" in record]
+    if not valid or not any("loss" in record for record in records):
+        raise UserError("its records are gone", where=str(folder / "metrics.jsonl"), remedy="start over (--restart)")
     last = [record for record in records if "loss" in record][-1]
     store = checkpoints.CheckpointStore(folder / "checkpoints")
     step = store.latest_step()

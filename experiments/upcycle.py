@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
+from experiments import moments, streamed
 from experiments.command import main
-from experiments.contract import Context, Stage, previous_checkpoint
+from experiments.contract import Context, Stage, check_arguments, previous_checkpoint
 from experiments.training_stage import (
     check_tokenizer,
     corpus_of,
@@ -21,45 +22,89 @@ from experiments.training_stage import (
 )
 from kwaicoder_jax import checkpoints, data, files, models, training, transforms
 
-OWN_FIELDS = ("init_from", "seed", "steps", "calibration", "coactivation")  # the others are upcycle.plan's
+# The other fields of the section are arguments of upcycle.plan.
+OWN_FIELDS = (
+    "init_from", "seed", "steps", "calibration", "coactivation", "streamed", "verify", "optimizer_state", "second_moment",
+)  # fmt: skip
+GIVEN = ("config", "seed", "scores", "mlp_inputs")
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Writes upcycle/checkpoints and upcycle/verify.json."""
-    mesh, corpus = mesh_of(context), corpus_of(context)
-    dense, config, meta = read_model(context, "init_from", mesh)
+    """Writes upcycle/checkpoints, upcycle/verify.json and, if asked for, upcycle/moments."""
+    section, mesh, corpus = context.section, mesh_of(context), corpus_of(context)
+    arguments = {key: value for key, value in section.items() if key not in OWN_FIELDS}
+    check_arguments(transforms.upcycle.plan, arguments, "upcycle", GIVEN)
+    meta = checkpoints.read_meta(context.inputs["init_from"])
     check_tokenizer(context, "init_from", meta, corpus)
-    arguments = {key: value for key, value in context.section.items() if key not in OWN_FIELDS}
+    config = models.ModelConfig.from_dict(meta["model"])
+    compare = not section["streamed"] or section["verify"]
+    dense = read_model(context, "init_from", mesh)[0] if compare or needs(section) else None
     measured = measure(context, dense, config, mesh, corpus)
-    moe, moe_config, record = transforms.upcycle.apply(dense, config, seed=context.seed, **measured, **arguments)
-    moe = jax.device_put(moe, training.param_shardings(moe_config, mesh))
-
+    record = transforms.upcycle.plan(config, seed=context.seed, **measured, **arguments)
+    moe = _write(context, dense, config, meta, record, mesh)
+    if section["optimizer_state"]:
+        moments.upcycle(context, record, _meta(context, meta, record))
+    summary = {
+        "params_total": record["params_total"],
+        "params_active": record["params_active"],
+        "lossless": record["lossless"],
+        "verified": compare,
+    }
+    if not compare:
+        context.display.line("not compared with the dense model, as upcycle.verify says")
+        return summary
     batches = [training.shard_batch(b, mesh) for each in validation_of(context, corpus).values() for b in each]
+    moe_config = models.ModelConfig.from_dict(record["config_after"])
     report = transforms.verify.verify(
         dense, config, moe, moe_config, batches, runtime=runtime_of(context), per_layer=True,
         granularity=record["granularity"],
     )  # fmt: skip
     show(context, record, report)
-    meta = {
-        "model": moe_config.to_dict(),
-        "tokenizer": meta["tokenizer"],
-        "lineage": [*meta["lineage"], {"stage": "upcycle", "identity": context.identity, "record": record}],
-        "identity": context.identity,
-    }
+    files.write_json(context.folder / "verify.json", report.to_dict())
+    numbers = {key: value for key, value in report.to_dict().items() if isinstance(value, int | float)}
+    return {**summary, **numbers}
+
+
+def _write(
+    context: Context, dense: Any, config: models.ModelConfig, meta: dict[str, Any], record: dict[str, Any], mesh: Any
+) -> Any:
+    """The mixture's checkpoint, and its parameters where they are in memory."""
+    moe_config, meta = models.ModelConfig.from_dict(record["config_after"]), _meta(context, meta, record)
+    if context.section["streamed"]:
+        streamed.write(context, transforms.upcycle, record, meta)
+        abstract = training.abstract_params(moe_config, mesh)
+        return checkpoints.read_params(context.folder, abstract) if context.section["verify"] else None
+    moe, _ = transforms.upcycle.replay(dense, config, record)
+    moe = jax.device_put(moe, training.param_shardings(moe_config, mesh))
     store = checkpoints.CheckpointStore(context.folder / "checkpoints")
     store.save(0, moe, meta)
     store.close()
-    files.write_json(context.folder / "verify.json", report.to_dict())
+    return moe
+
+
+def _meta(context: Context, meta: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """The description of the mixture's checkpoint."""
     return {
-        "params_total": models.count(moe_config),
-        "params_active": models.count_active(moe_config),
-        "lossless": record["lossless"],
-        **{key: value for key, value in report.to_dict().items() if isinstance(value, int | float)},
+        "model": record["config_after"],
+        "tokenizer": meta["tokenizer"],
+        "lineage": [*meta["lineage"], {"stage": "upcycle", "identity": context.identity, "record": record}],
+        "identity": context.identity,
+        **moments.data_position(meta),
     }
 
 
+def needs(section: dict[str, Any]) -> set[str]:
+    """What the choices have to know of the model on calibration data."""
+    wanted = {
+        "scores": section["shared_neurons"] or "balanced" in section["partition"],
+        "coactivation": "coactivation" in section["partition"],
+        "mlp_inputs": section["router_init"] == "centroids",
+    }
+    return {name for name, yes in wanted.items() if yes}
+
+
 def measure(context: Context, dense: Any, config: models.ModelConfig, mesh: Any, corpus: Any) -> dict[str, Any]:
-    """What the chosen partition, shared expert and router start need to know of the model on calibration data."""
+    """That, measured."""
     section, runtime = context.section, runtime_of(context)
 
     def batches() -> Iterator[Any]:
@@ -69,12 +114,13 @@ def measure(context: Context, dense: Any, config: models.ModelConfig, mesh: Any,
         return (training.shard_batch(batch, mesh) for batch in loader)
 
     measured: dict[str, Any] = {}
-    if section.get("shared_neurons") or "balanced" in section["partition"]:
+    wanted = needs(section)
+    if "scores" in wanted:
         measured["scores"] = transforms.importance.collect(dense, config, batches(), runtime=runtime)
-    if "coactivation" in section["partition"]:
+    if "coactivation" in wanted:
         options = section["coactivation"]
         measured["coactivation"] = transforms.coactivation.collect(dense, config, batches(), runtime=runtime, **options)
-    if section.get("router_init") == "centroids":
+    if "mlp_inputs" in wanted:
         measured["mlp_inputs"] = transforms.router_init.mlp_inputs(dense, config, batches(), runtime=runtime)
     return measured
 

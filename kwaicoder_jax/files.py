@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import math
 import os
 from typing import Any
 
 from etils import epath
+
+from kwaicoder_jax.errors import UserError
 
 
 def path(place: str | os.PathLike[str]) -> epath.Path:
@@ -23,13 +26,27 @@ def write_text(target: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(target: str | os.PathLike[str], value: Any) -> None:
-    """Writes `value` as indented JSON with sorted keys, atomically."""
-    write_text(target, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Writes `value` as indented JSON with sorted keys, atomically; NaN and the infinities become null."""
+    write_text(target, json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for every float that JSON has no number for (a run that diverged)."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(source: str | os.PathLike[str]) -> Any:
-    """Reads one JSON file."""
-    return json.loads(epath.Path(source).read_text())
+    """Reads one JSON file; one that is cut off or is something else is a UserError that names it."""
+    try:
+        return json.loads(epath.Path(source).read_text())
+    except ValueError as error:
+        raise UserError(
+            f"is not JSON ({error})", where=os.fspath(source), remedy="restore it, or start its stage over (--restart)"
+        ) from error
 
 
 def digest(value: Any) -> str:

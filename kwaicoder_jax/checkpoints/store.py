@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from kwaicoder_jax.checkpoints import layout
 from kwaicoder_jax.errors import UserError
 
 Tree = Any
@@ -50,11 +51,16 @@ class CheckpointStore:
             return
         for broken in set(self._manager.all_steps()) - complete:  # Orbax would take it for the newest and save no other
             self._manager.delete(broken)
-        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(meta)}
+        params_args = ocp.args.StandardSave(params, jax.tree.map_with_path(_chunked, params))
+        items: dict[str, Any] = {"params": params_args, "meta": ocp.args.JsonSave(meta)}
         if train is not None:
             items["train"] = ocp.args.StandardSave(train)
         self._manager.save(step, args=ocp.args.Composite(**items))
         self._manager.wait_until_finished()
+
+    def all_steps(self) -> list[int]:
+        """Every step that has a folder, complete or not."""
+        return list(self._manager.all_steps())
 
     def _complete(self) -> set[int]:
         return {step for step in self._manager.all_steps() if _is_complete(self.folder / str(step))}
@@ -106,14 +112,29 @@ def read_params(place: str | os.PathLike[str], abstract: Tree) -> Tree:
         step = _newest(store, place)
         try:
             return store.restore(step, "params", on_device(abstract))
-        except (ValueError, FileNotFoundError, KeyError) as error:
-            raise UserError(f"{place} does not fit its own model config: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever Orbax and TensorStore say of a file that is damaged
+            what = f"{place} does not fit its own model config, or is damaged: {str(error).splitlines()[0]}"
+            raise UserError(what, remedy="copy it again, or run its stage again") from error
+
+
+def newest_step(place: str | os.PathLike[str]) -> int:
+    """The newest complete step in a stage folder; UserError if there is none."""
+    with contextlib.closing(CheckpointStore(find(place))) as store:
+        return _newest(store, place)
+
+
+def is_complete(folder: str | os.PathLike[str], step: int) -> bool:
+    """Whether a checkpoints folder has this step, with nothing missing."""
+    return _is_complete(epath.Path(folder) / str(step))
 
 
 def _newest(store: CheckpointStore, place: str | os.PathLike[str]) -> int:
+    """The step to start another stage from: the newest, which has to be whole (a run that resumes may step back)."""
     step = store.latest_step()
     if step is None:
         raise UserError(f"{place} holds no complete checkpoint", remedy="copy it again, or run its stage again")
+    if (newest := max(store.all_steps())) != step:
+        raise UserError(f"the newest checkpoint of {place}, step {newest}, is damaged", remedy="copy it again")
     return step
 
 
@@ -123,7 +144,24 @@ def _is_complete(step: epath.Path) -> bool:
         items = json.loads((step / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
     except (FileNotFoundError, ValueError, KeyError):
         return False
-    return all((step / item / name).exists() for item in items for name in _LAST_FILES.get(item, ()))
+    return all(
+        (item == "params" and layout.is_whole(step / item))
+        or all((step / item / name).exists() for name in _LAST_FILES.get(item, ()))
+        for item in items
+    )
+
+
+def _chunked(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
+    """One layer a chunk, and runs of rows of a large array without layers, so that it can be read in little memory."""
+    if leaf.nbytes <= layout.CHUNK_BYTES:
+        return ocp.SaveArgs()
+    if any(getattr(key, "key", None) == "layers" for key in path):
+        return ocp.SaveArgs(shard_axes=(0,))
+    written = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
+    rows = layout.chunk_shape(layout.Spec(written, leaf.dtype))[0]
+    if written[0] % rows or written[0] < max(written):  # Orbax cuts the longest axis, by divisors alone
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=layout.CHUNK_BYTES)
 
 
 def on_device(abstract: Tree) -> Tree:

@@ -108,7 +108,17 @@ class _StreamRows:
         return next(self._packer)
 
     def get_state(self) -> dict[str, Any]:
-        return {"run": self._run, "row": self._row, "packer": self._packer.get_state()}
+        state = {"run": self._run, "row": self._row, "packer": self._packer.get_state()}
+        if self._run == len(self._loader.runs) - 1 and self._row == self._loader.runs[-1].rows:
+            self._examples.set_state(state["packer"]["parent"])
+            state["after"] = dict(zip(self._sources, self._examples.carried_over()["cursors"]))
+        return state
+
+    def start_from(self, cursors: Mapping[str, Any]) -> None:
+        """Begins where another run's stream ended; a source that it did not have begins at its first document."""
+        start = mixing.start_state(len(self._sources))
+        start["cursors"] = [cursors.get(name, cursor) for name, cursor in zip(self._sources, start["cursors"])]
+        self._enter(start)
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         self._run, self._row = state["run"], state["row"]
@@ -166,13 +176,13 @@ class TrainingLoader(Iterator[packing.Batch]):
             raise UserError("there is no phase", where="phases")
         if self.streams < 1 or process_count < 1 or self.streams % process_count:
             what = f"{self.streams} is not a multiple of the {process_count} processes"
-            raise UserError(what, where="data.streams", remedy="use a multiple of every process count to be used")
+            raise UserError(what, where="loader.streams", remedy="use a multiple of every process count to be used")
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
         for number, phase in enumerate(self.phases):
             if phase.batch_size % self.streams:
                 what = f"{self.streams} does not divide phase {number}'s batch of {phase.batch_size}"
-                raise UserError(what, where="data.streams", remedy="use a divisor of every batch size")
+                raise UserError(what, where="loader.streams", remedy="use a divisor of every batch size")
             if unknown := sorted(set(phase.mixture) - set(self.corpus.sources)):
                 what = f"the corpus has no source {unknown[0]!r}"
                 raise UserError(what, where=f"phases[{number}].mixture", remedy=f"it has {self.corpus.sources}")
@@ -193,7 +203,10 @@ class TrainingLoader(Iterator[packing.Batch]):
         return {"seed": self.seed, "streams": self.streams, "phases": files.digest(phases), "corpus": self.corpus.hash}
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the position as JSON: the run's identity, the step, and this process's streams by number."""
+        """Returns the position as JSON: the run's identity, the step, and this process's streams by number.
+
+        After the last batch each stream also has "after": by source, where another run would go on; see `go_on_from`.
+        """
         streams = {str(number): rows.get_state() for number, rows in self._rows.items()}
         return {"identity": self._identity(), "step": self.step, "streams": streams}
 
@@ -210,13 +223,35 @@ class TrainingLoader(Iterator[packing.Batch]):
             saved = state.get("identity", {}).get(field)
             if saved != value:
                 what = f"the saved data position has {field} {saved}, this run has {value}"
-                raise UserError(what, where=f"data.{field}", remedy="restore the setting or start over with --restart")
+                raise UserError(
+                    what, where=f"loader.{field}", remedy="restore the setting or start over with --restart"
+                )
         if missing := [number for number in self._rows if str(number) not in state["streams"]]:
             what = f"the saved data position lacks stream {missing[0]}"
-            raise UserError(what, where="data.streams", remedy="merge the states of all processes")
+            raise UserError(what, where="loader.streams", remedy="merge the states of all processes")
         for number, rows in self._rows.items():
             rows.set_state(state["streams"][str(number)])
         self.step = state["step"]
+
+    def go_on_from(self, state: Mapping[str, Any]) -> None:
+        """Starts this run where the data of another one ended: no document comes again, none is left out.
+
+        Args:
+          state: what the other run's `get_state` gave after its last batch; its phases may have been others.
+
+        Raises:
+          UserError: a run that was not at its end, or one of another seed, number of streams or corpus.
+        """
+        mine = self._identity()
+        for field in ("seed", "streams", "corpus"):
+            if (saved := state["identity"][field]) != mine[field]:
+                what = f"the earlier run's data had {field} {saved}, this run has {mine[field]}"
+                raise UserError(what, where=f"loader.{field}", remedy="use the same, or do not continue its data")
+        for number, rows in self._rows.items():
+            cursors = state["streams"].get(str(number), {}).get("after")
+            if cursors is None:
+                raise UserError("the earlier run is not at its end", where="loader", remedy="finish it")
+            rows.start_from(cursors)
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

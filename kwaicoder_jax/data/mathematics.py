@@ -48,7 +48,7 @@ class Mathematics(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.seed, int) or self.seed < 0:
-            raise UserError(f"{self.seed!r} is not a seed", where="data.sources.*.seed", remedy="use 0 or more")
+            raise UserError(f"{self.seed!r} is not a seed", where="prepare_data.sources.*.seed", remedy="use 0 or more")
 
     def documents(self, name: str, skipped: Counter[str]) -> Iterator[Document]:
         """Yields one problem a document, named by its kind and number; a wrong answer is counted under "unverified"."""

@@ -62,11 +62,13 @@ def prepare(
     """
     chosen = {name: from_config(name, config, KINDS) for name, config in sources.items()}
     if not chosen:
-        raise UserError("there is no source", where="data.sources", remedy=f"name at least one of {sorted(KINDS)}")
+        raise UserError(
+            "there is no source", where="prepare_data.sources", remedy=f"name at least one of {sorted(KINDS)}"
+        )
     if not 0.0 < valid_fraction < 1.0:
-        raise UserError(f"{valid_fraction} is not between 0 and 1", where="data.valid_fraction")
+        raise UserError(f"{valid_fraction} is not between 0 and 1", where="prepare_data.valid_fraction")
     if shard_bytes <= 0:
-        raise UserError(f"{shard_bytes} is not a positive number", where="data.shard_bytes")
+        raise UserError(f"{shard_bytes} is not a positive number", where="prepare_data.shard_bytes")
     target = Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError("exists already", where=str(target), remedy="choose another folder or remove it")
@@ -159,9 +161,11 @@ def _collect(
                 f"gave no {split} document ({documents} read, {kept} kept, left out: {dict(sorted(dropped.items()))})"
             )
             remedy = (
-                "raise its max_bytes or data.valid_fraction" if kept else "raise its max_bytes or look at its contents"
+                "raise its max_bytes or prepare_data.valid_fraction"
+                if kept
+                else "raise its max_bytes or see what it holds"
             )
-            raise UserError(what, where=f"data.sources.{name}", remedy=remedy)
+            raise UserError(what, where=f"prepare_data.sources.{name}", remedy=remedy)
     return {
         "kind": next((kind for kind, cls in KINDS.items() if type(source) is cls), type(source).__name__),
         "documents_in": documents,

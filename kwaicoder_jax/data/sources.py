@@ -44,7 +44,7 @@ class Source(abc.ABC):
         for field in ("max_bytes", "max_document_bytes"):
             value = getattr(self, field)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise UserError(f"{value!r} is not a positive number of bytes", where=f"data.sources.*.{field}")
+                raise UserError(f"{value!r} is not a positive number of bytes", where=f"prepare_data.sources.*.{field}")
 
     @abc.abstractmethod
     def documents(self, name: str, skipped: Counter[str]) -> Iterator[Document]:
@@ -146,14 +146,14 @@ class Folder(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.suffixes, str):
-            raise UserError(f"{self.suffixes!r} is not a list of endings", where="data.sources.*.suffixes")
+            raise UserError(f"{self.suffixes!r} is not a list of endings", where="prepare_data.sources.*.suffixes")
         object.__setattr__(self, "suffixes", tuple(self.suffixes))
 
     def documents(self, name: str, skipped: Counter[str]) -> Iterator[Document]:
         """Yields one document a file, named by its path below the folder."""
         root = Path(self.path)
         if not root.is_dir():
-            raise UserError("is not a folder", where=str(root), remedy=f"set data.sources.{name}.path to one")
+            raise UserError("is not a folder", where=str(root), remedy=f"set prepare_data.sources.{name}.path to one")
         yield from select(name, self._entries(root), self, skipped)
 
     def _entries(self, root: Path) -> Iterator[Entry]:
@@ -171,7 +171,7 @@ def from_config(name: str, config: Mapping[str, Any] | Source, kinds: Mapping[st
     Raises:
       UserError: an unknown kind or field, a missing one, or a name that is not lower-case letters, digits and "_".
     """
-    where = f"data.sources.{name}"
+    where = f"prepare_data.sources.{name}"
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UserError("is not a source's name", where=where, remedy="use lower-case letters, digits and underscores")
     if isinstance(config, Source):

@@ -132,7 +132,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     smallest = 256 + len(specials)
     if vocab_size < smallest:
         raise UserError(
-            f"{vocab_size} is too small", where="data.vocab_size", remedy=f"bytes and specials need {smallest}"
+            f"{vocab_size} is too small", where="prepare_data.vocab_size", remedy=f"bytes and specials need {smallest}"
         )
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -21,9 +21,9 @@ def validation_batches(
     """
     if sequence_length < pieces.SMALLEST_WINDOW:
         what = f"{sequence_length} is less than {pieces.SMALLEST_WINDOW}"
-        raise UserError(what, where="validation sequence_length")
+        raise UserError(what, where="validation.sequence_length")
     if batch_size < 1:
-        raise UserError(f"{batch_size} is less than 1", where="validation batch_size")
+        raise UserError(f"{batch_size} is less than 1", where="validation.batch_size")
     return {
         source: _batches(
             _examples(corpus, source, sequence_length, max_tokens_per_source), corpus, sequence_length, batch_size

@@ -8,6 +8,8 @@ import numpy as np
 
 from kwaicoder_jax.errors import UserError
 
+KINDS = ("mse", "cosine")  # losses on hidden states
+
 
 def layer_map(kept_layers: Sequence[int], every: int = 1) -> list[tuple[int, int]]:
     """Pairs (student layer, teacher layer): student layer i is what became of the teacher's layer kept_layers[i].
@@ -16,8 +18,10 @@ def layer_map(kept_layers: Sequence[int], every: int = 1) -> list[tuple[int, int
       kept_layers: *original* indices of the layers that pruning kept, in order.
       every: take each `every`-th pair, counted from the last layer, which is always one of them.
     """
+    if every < 1:
+        raise UserError(f"every {every} layers", where="distill.hidden_every", remedy="use 1 or more")
     pairs = list(enumerate(kept_layers))
-    return pairs[::-1][:: max(every, 1)][::-1]
+    return pairs[::-1][::every][::-1]
 
 
 def selection_matrix(kept_channels: Sequence[int], teacher_dim: int) -> np.ndarray:
@@ -55,7 +59,7 @@ def hidden_loss(
     if kind == "cosine":
         distance_PBT = 1.0 - jnp.sum(_unit(projected_PBTC) * _unit(teacher_PBTC), -1)
         return jnp.mean(jnp.sum(mask_1BT * distance_PBT, axis=(1, 2))) / jnp.maximum(jnp.sum(mask_BT), 1.0)
-    raise UserError(f"no loss {kind!r}", where="distill.hidden_loss", remedy="mse or cosine")
+    raise UserError(f"no loss {kind!r}", where="loss.hidden_loss", remedy=" or ".join(KINDS))
 
 
 def _unit(x: jax.Array) -> jax.Array:

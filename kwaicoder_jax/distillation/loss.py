@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kwaicoder_jax import models
-from kwaicoder_jax.distillation.hidden import hidden_loss, selection_matrix
+from kwaicoder_jax.distillation.hidden import KINDS, hidden_loss, selection_matrix
 from kwaicoder_jax.distillation.logits import forward_kl
+from kwaicoder_jax.errors import UserError
 
 ROUNDING = 1e-6  # a relative distance below this is float32 noise: a weight that balances it would amplify noise
 
@@ -30,6 +31,14 @@ class DistillConfig:
     hidden: bool = True
     hidden_loss: str = "mse"
     cross_entropy: float = 0.0
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise UserError(f"{self.temperature} is not positive", where="loss.temperature", remedy="1 is usual")
+        if self.hidden_loss not in KINDS:
+            raise UserError(f"no loss {self.hidden_loss!r}", where="loss.hidden_loss", remedy=" or ".join(KINDS))
+        if not self.cross_entropy >= 0:
+            raise UserError(f"{self.cross_entropy} is negative", where="loss.cross_entropy", remedy="use 0 or more")
 
 
 def initial_projections(

@@ -206,10 +206,13 @@ def read_samples(source: str | os.PathLike[str]) -> dict[str, list[str]]:
       UserError: a file that is absent, or a line that is not such an object.
     """
     place = files.path(source)
-    if not place.exists():
-        raise errors.UserError("no such file", where=str(source), remedy="name a samples.jsonl")
+    try:
+        lines = place.read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"no file of samples ({type(error).__name__})"
+        raise errors.UserError(what, where=str(source), remedy="name a samples.jsonl") from error
     result: dict[str, list[str]] = {}
-    for number, line in enumerate(place.read_text().split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -221,4 +224,6 @@ def read_samples(source: str | os.PathLike[str]) -> dict[str, list[str]]:
             remedy = 'write {"task_id": ..., "completion": ...}'
             raise errors.UserError("not a sample", where=f"{source}:{number}", remedy=remedy) from None
         result.setdefault(task_id, []).append(text)
+    if not result:
+        raise errors.UserError("holds no sample", where=str(source), remedy="name a samples.jsonl")
     return result

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from kwaicoder_jax.models.attention_ops import dot_product_attention
 from kwaicoder_jax.models.config import ModelConfig, Runtime
 from kwaicoder_jax.models.layers import declare, project, rotary
-from kwaicoder_jax.models.statistics import record
+from kwaicoder_jax.models.statistics import group_norms, record, recording
 
 
 @flax.struct.dataclass
@@ -75,6 +75,9 @@ class Attention(nn.Module):
             same_sequence=layer_cache is None,
             backend=self.runtime.attention,
         )
-        record(self, "heads", jnp.linalg.norm(mixed_BTHN.astype(jnp.float32), axis=-1), tokens.segments_BT > 0)
         y_BTD = project(mixed_BTHN, out_HND, inner=2)
+        if recording(self):
+            mask_BT = tokens.segments_BT > 0
+            record(self, "heads", jnp.linalg.norm(mixed_BTHN.astype(jnp.float32), axis=-1), mask_BT)
+            record(self, "groups", group_norms(mixed_BTHN, out_HND, y_BTD, c.kv_heads), mask_BT)
         return y_BTD, (None if layer_cache is None else (k_BSKN, v_BSKN))

@@ -7,9 +7,12 @@ Dimension letters, here and everywhere:
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 from typing import Any
 
+from kernels import grouped_matmul
 from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.models.attention_ops import AttentionBackend
 
 
 class Router(enum.StrEnum):
@@ -141,3 +144,16 @@ class Runtime:
     scan_unroll: int = 1
     attention: str = "auto"
     experts: str = "auto"
+
+    def __post_init__(self):
+        choices: dict[str, Iterable[str]] = {
+            "remat": ("none", "full"),
+            "attention": AttentionBackend,
+            "experts": grouped_matmul.Backend,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in list(allowed):
+                remedy = f"use {', '.join(allowed)}"
+                raise UserError(f"no choice {getattr(self, name)!r}", where=f"runtime.{name}", remedy=remedy)
+        if self.scan_unroll < 0:
+            raise UserError(f"{self.scan_unroll} layers", where="runtime.scan_unroll", remedy="use 1, or 0 for all")

@@ -38,6 +38,16 @@ def _devices(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
     return count
 
 
+def _weight_axis(mesh: AbstractMesh, axis: str, size: int) -> str | None:
+    """`axis`, where it can split a dimension of `size`; otherwise the weights come in whole, gathered by XLA."""
+    return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+
+
+def neuron_axis(mesh: AbstractMesh | None, neurons: int) -> str | None:
+    """The mesh axis over which the function of `on_each_shard` sees a part of the neurons, if there is one."""
+    return None if mesh is None else _weight_axis(mesh, WEIGHT_AXES[-1], neurons)
+
+
 def on_each_shard(
     function: LocalFunction[Outputs],
     mesh: AbstractMesh | None,
@@ -50,10 +60,10 @@ def on_each_shard(
     """Calls `function` with the tokens of each device and the weights of all experts.
 
     Args:
-      function: (router_ME, x_MD, gate_EDF, up_EDF, down_EFD) -> (y_MD, more arrays with a leading M). It must be
+      function: (router_ME, x_MD, gate_EDF, up_EDF, down_EFD) -> (y_MD, more arrays with a leading M or B). It must be
         additive over slices of F: where the mesh has a tensor axis it sees a part of the neurons, and y is summed.
       mesh: from `token_mesh`; None calls `function` as it is.
-      router_ME: what the router computed: arrays [M, E] in any tree.
+      router_ME: what the router computed: arrays [M, ...] in any tree.
       x_MD: tokens; M is batch-major, so that a shard of the batch is a shard of M.
       gate_EDF: gate projections of all experts.
       up_EDF: up projections.
@@ -61,10 +71,8 @@ def on_each_shard(
     """
     if mesh is None:
         return function(router_ME, x_MD, gate_EDF, up_EDF, down_EFD)
-    # An axis that does not divide its dimension is left out: the weights then come in whole, gathered by XLA.
     expert, fsdp, tensor = (
-        axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
-        for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
+        _weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
     )
 
     def gathered(weights: jax.Array, embed_axis: int) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from kwaicoder_jax.models.config import ModelConfig
-from kwaicoder_jax.models.statistics import record
+from kwaicoder_jax.models.statistics import energy_share, record, recording, store
 
 Initializer = Callable[..., jax.Array]
 
@@ -49,7 +49,8 @@ class RMSNorm(nn.Module):
         y_BTD = x32_BTD * jax.lax.rsqrt(energy_BT1 + self.config.norm_epsilon)
         y_BTD = y_BTD * scale_D.astype(jnp.float32)[None, None, :]
         record(self, "channels", y_BTD, mask_BT)
-        record(self, "energy", x32_BTD, mask_BT, share=True)
+        if recording(self):
+            store(self, "energy", energy_share(x32_BTD, mask_BT))
         return y_BTD.astype(self.config.dtype)
 
 

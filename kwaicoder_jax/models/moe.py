@@ -1,15 +1,18 @@
 """The mixture layer: a float32 router, exact top-k with lowest-index ties, dropless experts."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from kernels import grouped_matmul, routing
+from kwaicoder_jax.models import expert_statistics
 from kwaicoder_jax.models.config import ExpertsConfig, ModelConfig, Router, Runtime
-from kwaicoder_jax.models.expert_sharding import on_each_shard, token_mesh
+from kwaicoder_jax.models.expert_sharding import neuron_axis, on_each_shard, token_mesh
 from kwaicoder_jax.models.layers import DenseMLP, declare, project
-from kwaicoder_jax.models.statistics import record
+from kwaicoder_jax.models.statistics import recording, store
 
 
 @flax.struct.dataclass
@@ -31,8 +34,9 @@ class RouterStatistics:
     confidence: jax.Array
 
 
-_Router = tuple[jax.Array, jax.Array | None]  # logits and what to rank by, [M, E] each
+_Router = tuple[jax.Array, jax.Array | None, jax.Array | None]  # logits, what to rank by [M, E]; for statistics mask_M
 Choice = tuple[jax.Array, jax.Array, jax.Array]  # combine weights, expert indices, routing probabilities
+_Rest = tuple[Choice, expert_statistics.ExpertSums | None]
 
 
 def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig, selection_ME: jax.Array | None = None) -> Choice:
@@ -118,19 +122,29 @@ class MoE(nn.Module):
             "MD,DE->ME", x_MD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
 
-        def route_and_compute(router: _Router, x_MD: jax.Array, *weights: jax.Array) -> tuple[jax.Array, Choice]:
-            choice = choose_experts(router[0], e, router[1])
-            order = routing.sort_by_expert(choice[1], e.num_experts)
-            y_MD = grouped_matmul.expert_mlp(x_MD, choice[0], order, *weights, backend=self.runtime.experts)
-            return y_MD, choice
+        mesh, wanted, backend = token_mesh(x_BTD, x_BTD.shape[0]), recording(self), self.runtime.experts
 
-        mesh = token_mesh(x_BTD, x_BTD.shape[0])
-        router = (logits_ME, selection(logits_ME, bias_E))
-        y_MD, choice = on_each_shard(route_and_compute, mesh, router, x_MD, gate_EDF, up_EDF, down_EFD)
-        weight_MX, index_MX, probability_ME = choice
+        def route_and_compute(router: _Router, x_MD: jax.Array, *weights: Any) -> tuple[jax.Array, _Rest]:
+            logits_ME, ranked_by_ME, mask_M = router
+            choice = choose_experts(logits_ME, e, ranked_by_ME)
+            order = routing.sort_by_expert(choice[1], e.num_experts)
+            if mask_M is None:
+                return grouped_matmul.expert_mlp(x_MD, choice[0], order, *weights, backend=backend), (choice, None)
+            axis = neuron_axis(mesh, e.mlp_dim)
+            y_MD, sums = expert_statistics.expert_mlp(
+                x_MD, choice[0], order, weights, mask_M, time=x_BTD.shape[1], backend=backend, neuron_axis=axis
+            )
+            return y_MD, (choice, sums)
+
         mask_M = mask_BT.reshape(-1)
+        router = (logits_ME, selection(logits_ME, bias_E), mask_M if wanted else None)
+        y_MD, (choice, sums) = on_each_shard(route_and_compute, mesh, router, x_MD, gate_EDF, up_EDF, down_EFD)
+        weight_MX, index_MX, probability_ME = choice
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
-        record(self, "router", logits_ME.reshape(*mask_BT.shape, -1), mask_BT)
+        if sums is not None:
+            output_E, neurons = expert_statistics.reduce(sums, index_MX, mask_BT)
+            store(self, "experts", output_E)
+            store(self, "expert_neurons", neurons)
         y_BTD = y_MD.reshape(x_BTD.shape).astype(c.dtype)
         return (y_BTD + self._shared(x_BTD, mask_BT) if e.shared_mlp_dim else y_BTD), statistics
 

@@ -11,7 +11,7 @@ from kwaicoder_jax.models.attention import Attention, Cache, Tokens
 from kwaicoder_jax.models.config import ModelConfig, Runtime
 from kwaicoder_jax.models.layers import DenseMLP, RMSNorm, declare
 from kwaicoder_jax.models.moe import MoE, RouterStatistics
-from kwaicoder_jax.models.statistics import COLLECTION, record
+from kwaicoder_jax.models.statistics import COLLECTION, influence, recording, store
 
 
 @flax.struct.dataclass
@@ -56,14 +56,9 @@ class Layer(nn.Module):
         else:
             mixed_BTD, router = MoE(c, self.runtime, name="moe")(normed_BTD, mask_BT)
             y_BTD = h_BTD + mixed_BTD
-        record(self, "influence", 1.0 - cosine(x_BTD, y_BTD)[:, :, None], mask_BT)
+        if recording(self):
+            store(self, "influence", influence(x_BTD, y_BTD, mask_BT))
         return y_BTD, ((y_BTD if self.collect_layers else None), router, layer_cache)
-
-
-def cosine(a_BTD: jax.Array, b_BTD: jax.Array) -> jax.Array:
-    """Cosine similarity along the last axis, [B, T], float32."""
-    a, b = a_BTD.astype(jnp.float32), b_BTD.astype(jnp.float32)
-    return jnp.sum(a * b, -1) / jnp.maximum(jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1), 1e-20)
 
 
 class Transformer(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from kwaicoder_jax.checkpoints import CheckpointStore
+from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.training.mesh import shard_batch
 from kwaicoder_jax.training.metrics import MetricsLog
 from kwaicoder_jax.training.state import TrainState
@@ -36,6 +37,11 @@ class LoopConfig:
     log_every: int = 10
     eval_every: int = 100
     save_every: int = 100
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if value < 1:
+                raise UserError(f"{value} is less than 1", where=f"loop.{name}", remedy="use 1 or more steps")
 
 
 @dataclasses.dataclass

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kwaicoder_jax import models
+from kwaicoder_jax.errors import UserError
 
 Batch = dict[str, jax.Array]
 
@@ -17,6 +18,11 @@ class BalanceConfig:
 
     load: float = 0.01
     z: float = 0.001
+
+    def __post_init__(self):
+        for name, value in dataclasses.asdict(self).items():
+            if not value >= 0:
+                raise UserError(f"{value} is negative", where=f"balance.{name}", remedy="use 0 or more")
 
 
 def load_balance_loss(router: models.RouterStatistics) -> jax.Array:

@@ -1,13 +1,15 @@
 """metrics.jsonl, one JSON object per logged step, with TensorBoard events beside it."""
 
 import json
-import math
 import os
 from typing import Any
 
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
+
+from kwaicoder_jax import files
+from kwaicoder_jax.errors import UserError
 
 TIME_KEYS = ("seconds", "tokens_per_second")  # differ from run to run; everything else repeats to the bit
 
@@ -37,7 +39,7 @@ class MetricsLog:
 
         JSON has no number for NaN and the infinities (a run that diverged): they are written as null, read as None.
         """
-        record = {key: _plain(value) for key, value in record.items()}
+        record = files.finite({key: _plain(value) for key, value in record.items()})
         with self.file.open("a") as out:
             out.write(json.dumps(record, allow_nan=False) + "\n")
         for key, value in record.items():
@@ -54,9 +56,7 @@ def _plain(value: Any) -> Any:
         value = value.tolist()
     if isinstance(value, dict):
         return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value
 
 
 def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -65,4 +65,8 @@ def read_metrics(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     if not place.exists():
         return []
     lines = place.read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    try:
+        return [json.loads(line) for line in lines[:-1] if line]
+    except ValueError as error:
+        remedy = "restore it, or start the stage over (--restart)"
+        raise UserError(f"holds a line that is not JSON ({error})", where=os.fspath(file), remedy=remedy) from error

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -41,9 +42,14 @@ class PhaseRate:
 
     def __post_init__(self):
         if self.law not in list(Law):
-            raise UserError(f"no law {self.law!r}", where="learning_rate.law", remedy=f"one of {[str(x) for x in Law]}")
+            raise UserError(f"no law {self.law!r}", where="rate.law", remedy=f"one of {[str(x) for x in Law]}")
         if not 0 <= self.warmup <= self.steps:
-            raise UserError(f"{self.warmup} of {self.steps} steps", where="learning_rate.warmup")
+            raise UserError(
+                f"{self.warmup} of {self.steps} steps", where="rate.warmup_share", remedy="use a share from 0 to 1"
+            )
+        for name in ("peak", "end", "start"):
+            if not (math.isfinite(value := getattr(self, name)) and value >= 0):
+                raise UserError(f"{value} is not a learning rate", where=f"rate.{name}", remedy="use 0 or more")
 
 
 def phase_rate(phase: PhaseRate, step: jax.Array) -> jax.Array:

@@ -9,15 +9,19 @@ from kwaicoder_jax.transforms import (
     fold,
     importance,
     merge,
+    optimizer_state,
     partition,
     prune,
     router_init,
+    search,
+    shapes,
     split,
+    streaming,
     upcycle,
     verify,
 )
-from kwaicoder_jax.transforms.prune import Target
 from kwaicoder_jax.transforms.scores import Scores
+from kwaicoder_jax.transforms.target import Target
 
 __all__ = [
     "Scores",
@@ -26,10 +30,14 @@ __all__ = [
     "fold",
     "importance",
     "merge",
+    "optimizer_state",
     "partition",
     "prune",
     "router_init",
+    "search",
+    "shapes",
     "split",
+    "streaming",
     "upcycle",
     "verify",
 ]

@@ -3,8 +3,6 @@
 import dataclasses
 import enum
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kwaicoder_jax.errors import UserError
@@ -16,6 +14,15 @@ class Aggregation(enum.StrEnum):
     MEAN = "mean"
     L2 = "l2"  # root of the sum of squares, not divided by the count
     VAR = "var"  # population variance
+
+    @classmethod
+    def parse(cls, value: str, where: str) -> "Aggregation":
+        """The member of that value; a UserError that names prune.importance.`where` otherwise."""
+        try:
+            return cls(value)
+        except ValueError as error:
+            where, remedy = f"prune.importance.{where}", f"use {', '.join(cls)}"
+            raise UserError(f"no aggregation {value!r}", where=where, remedy=remedy) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,28 +45,11 @@ class Moments:
           sequence: the reduction inside a sequence, a value of Aggregation.
           sequences: how many sequences were summed.
         """
-        batch, sequence = _parse(batch, "batch"), _parse(sequence, "sequence")
-        first, second = self.first[sequence], self.second[sequence]
-        if batch is Aggregation.L2:
+        kind, inner = Aggregation.parse(batch, "batch"), Aggregation.parse(sequence, "sequence")
+        first, second = self.first[inner], self.second[inner]
+        if kind is Aggregation.L2:
             return np.sqrt(second)
         mean = first / sequences
-        if batch is Aggregation.MEAN:
+        if kind is Aggregation.MEAN:
             return mean
         return np.maximum(second / sequences - np.square(mean), 0.0)
-
-
-def _parse(value: str, where: str) -> Aggregation:
-    try:
-        return Aggregation(value)
-    except ValueError as error:
-        choices = ", ".join(Aggregation)
-        raise UserError(
-            f"no aggregation {value!r}", where=f"prune.{where}_aggregation", remedy=f"use {choices}"
-        ) from error
-
-
-def batch_sums(statistics: dict[str, jax.Array]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """Sums [..., B, U] over sequences: (of s, of s^2), each [..., U]. A row of padding has s = 0 and adds nothing."""
-    first = {name: jnp.sum(s, axis=-2) for name, s in statistics.items()}
-    second = {name: jnp.sum(jnp.square(s), axis=-2) for name, s in statistics.items()}
-    return first, second

@@ -46,16 +46,25 @@ def scaled(array: Array, factor: Any) -> Array:
     return (array.astype(wide) * xp.asarray(factor, dtype=wide)).astype(array.dtype)
 
 
-def take(array: Array, index: np.ndarray, axis: int) -> Array:
-    """Takes `index` along `axis`: one list for the whole array [n], or one list per layer [L, n] (axis 0 is layers)."""
+def take(array: Array, index: np.ndarray, axis: int, lists: tuple[int, ...] = (0,)) -> Array:
+    """Takes `index` along `axis`.
+
+    Args:
+      array: any shape.
+      index: one list for the whole array [n], or one for each place along the axes `lists`: [L, n], [L, E, n].
+      axis: the axis that gets shorter.
+      lists: the axes that have a list each, ascending; of the same sizes as in `index`.
+    """
     xp = namespace(array)
     if index.ndim == 1:
         return array if _is_everything(index, array.shape[axis]) else xp.take(array, index, axis=axis)
-    if all(_is_everything(row, array.shape[axis]) for row in index):
+    if all(_is_everything(row, array.shape[axis]) for row in index.reshape(-1, index.shape[-1])):
         return array
     shape = [1] * array.ndim
-    shape[0], shape[axis] = index.shape
-    return xp.take_along_axis(array, xp.asarray(index.reshape(shape)), axis=axis)
+    for place, size in zip((*lists, axis), index.shape, strict=True):
+        shape[place] = size
+    order = np.argsort((*lists, axis))
+    return xp.take_along_axis(array, xp.asarray(index.transpose(order).reshape(shape)), axis=axis)
 
 
 def _is_everything(index: np.ndarray, size: int) -> bool:

@@ -1,7 +1,7 @@
 """Structured pruning to exact shapes: layers, channels, MLP neurons, query heads and KV heads (Minitron, 2407.14679).
 
-`plan` decides from scores alone; `replay` cuts; `apply` does both. Every parameter is cut along the axes it declares,
-so no parameter is known here by name.
+Of a mixture also experts, their neurons, and those of the shared expert. `plan` decides from scores alone; `replay`
+cuts; `apply` does both. Every parameter is cut along the axes it declares, so no parameter is known here by name.
 """
 
 import dataclasses
@@ -12,47 +12,14 @@ import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms import parameterwise
+from kwaicoder_jax.transforms import depth, heads, parameterwise
 from kwaicoder_jax.transforms.arrays import Array, scaled, take
+from kwaicoder_jax.transforms.depth import LayerScores
 from kwaicoder_jax.transforms.scores import Scores
+from kwaicoder_jax.transforms.target import Target, axes, present
 
 Record = parameterwise.Record
-_WHERE = "prune.target"
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """The sizes to prune to; None keeps the size."""
-
-    layers: int | None = None
-    model_dim: int | None = None
-    mlp_dim: int | None = None
-    heads: int | None = None
-    kv_heads: int | None = None
-
-    def resolve(self, config: models.ModelConfig) -> "Target":
-        """The target with every size filled in, checked against `config`; UserError names the field that cannot be."""
-        sizes = {}
-        for field in dataclasses.fields(self):
-            asked, have = getattr(self, field.name), getattr(config, field.name)
-            sizes[field.name] = have if asked is None else asked
-            if not 1 <= sizes[field.name] <= have:
-                raise UserError(
-                    f"{asked} cannot be kept of {have}", where=f"{_WHERE}.{field.name}", remedy=f"use 1 to {have}"
-                )
-        heads, groups, per_group = sizes["heads"], sizes["kv_heads"], config.heads // config.kv_heads
-        choices = ", ".join(str(groups * n) for n in range(1, per_group + 1))
-        if heads % groups:
-            raise UserError(
-                f"{heads} query heads do not share {groups} KV heads evenly", where=f"{_WHERE}.heads",
-                remedy=f"with {groups} KV heads use one of {choices}",
-            )  # fmt: skip
-        if heads // groups > per_group:
-            raise UserError(
-                f"{heads} query heads need {heads // groups} in each of {groups} KV groups, which hold {per_group}",
-                where=f"{_WHERE}.heads", remedy=f"with {groups} KV heads use one of {choices}",
-            )  # fmt: skip
-        return Target(**sizes)
+_NESTED = ("layers", "experts")  # cut first and in this order: what lies inside has a list for each that is kept
 
 
 def apply(
@@ -63,30 +30,44 @@ def apply(
     *,
     norm_correction: bool = True,
     protect_ends: bool = True,
+    layer_scores: str = LayerScores.INFLUENCE,
+    head_merge: bool = False,
 ) -> tuple[models.Params, models.ModelConfig, Record]:
     """Prunes to exactly `target`, keeping the units with the highest scores.
 
+    Removing experts: the router's columns and its bias follow the experts. It changes the function for tokens that
+    chose a removed one, and for every token under a softmax that is not renormalised. An upcycled mixture (see
+    `upcycle`) equals its dense model because the G shards of a replica are always chosen together: that stays true
+    only if whole replicas go and `experts_per_token` stays k*G; scores pick single experts, so removal breaks virtual
+    groups in general, and by another choice in each layer. Prune before upcycling where losslessness matters, or train
+    the mixture on afterwards.
+
     Args:
-      params: of a dense model; numpy, device or sharded arrays, and the result is of the same kind.
-      config: the model.
+      params: numpy, device or sharded arrays, and the result is of the same kind.
+      config: the model, dense or a mixture.
       scores: from `importance.collect` on the same model.
       target: sizes.
       norm_correction: multiply each norm by sqrt(rho * D / D'), rho the kept share of the energy that enters it, so
         that the kept channels come out of the norm as large as they did before.
       protect_ends: never drop the first and the last layer.
+      layer_scores: what layers are ranked by, a value of `depth.LayerScores`.
+      head_merge: add to kept query heads what they have beyond the dropped ones, see `heads`.
 
     Returns:
       Student parameters, student config, and a JSON-able record:
-        kept: original indices, ascending: "layers" [L'], "embed" [D'], and per kept layer "mlp" [L', F'],
-          "heads" [L', H'], "kv_heads" [L', K'].
+        kept: original indices, ascending: "layers" [L'], "embed" [D'], and per kept layer "heads" [L', H'],
+          "kv_heads" [L', K'] and "mlp" [L', F']; of a mixture, where they are cut, "experts" [L', E'], per kept expert
+          "expert_mlp" [L', E', F'], and "shared_mlp" [L', S'].
+        merged_heads: [L', H'] original index of the head merged into each kept one, -1 for none; [] without merging.
         norm_factors: parameter name to the factor of each kept layer [L'], or one number for the final norm.
-        target, norm_correction, protect_ends: what was asked, sizes filled in.
+        target, norm_correction, protect_ends, layer_scores, head_merge: what was asked, sizes filled in.
         config_before, config_after, params_before, params_after.
 
     Raises:
-      UserError: a target that cannot be, scores of another shape, a mixture.
+      UserError: a target that cannot be, scores of another shape or without what the target needs.
     """
-    record = plan(config, scores, target, norm_correction=norm_correction, protect_ends=protect_ends)
+    options = {"norm_correction": norm_correction, "protect_ends": protect_ends, "layer_scores": layer_scores}
+    record = plan(config, scores, target, head_merge=head_merge, **options)  # type: ignore[arg-type]
     student, student_config = replay(params, config, record)
     return student, student_config, record
 
@@ -98,29 +79,29 @@ def plan(
     *,
     norm_correction: bool = True,
     protect_ends: bool = True,
+    layer_scores: str = LayerScores.INFLUENCE,
+    head_merge: bool = False,
 ) -> Record:
     """Decides what to keep, without touching a parameter; arguments, record and errors as in `apply`."""
     _check_scores(config, scores)
-    sizes = target.resolve(config)
-    layers_L = _keep_layers(scores.layers_L, sizes.layers or 0, protect_ends)
-    channels_D = _best(scores.channels_D, sizes.model_dim or 0)
-    heads_LH, groups_LK = _keep_heads(
-        scores.heads_LH[layers_L], scores.groups_LK[layers_L], sizes.heads or 0, sizes.kv_heads or 0
-    )
-    kept = {
-        "layers": layers_L,
-        "embed": channels_D,
-        "mlp": _best(scores.neurons_LF[layers_L], sizes.mlp_dim or 0),
-        "heads": heads_LH,
-        "kv_heads": groups_LK,
-    }
-    student_config = config.replace(**dataclasses.asdict(sizes))
+    sizes, student_config = target.resolve(config), target.apply(config)
+    layers_L = depth.keep(scores, student_config.layers, layer_scores, protect_ends)
+    channels_D = heads.best(scores.channels_D, student_config.model_dim)
+    to_heads, to_groups, heads_LH = student_config.heads, student_config.kv_heads, scores.heads_LH[layers_L]
+    kept_LH, kept_LK = heads.keep(heads_LH, scores.groups_LK[layers_L], to_heads, to_groups)
+    kept = {"layers": layers_L, "embed": channels_D, "heads": kept_LH, "kv_heads": kept_LK}
+    kept |= _keep_neurons(config, scores, sizes, layers_L)
+    merging = head_merge and to_heads // to_groups < config.heads // config.kv_heads
+    merged = heads.partners(heads_LH, kept_LK, to_heads, config.kv_heads).tolist() if merging else []
     return {
         "kept": {axis: index.tolist() for axis, index in kept.items()},
+        "merged_heads": merged,
         "norm_factors": _norm_factors(config, scores, layers_L, channels_D) if norm_correction else {},
         "target": dataclasses.asdict(sizes),
         "norm_correction": norm_correction,
         "protect_ends": protect_ends,
+        "layer_scores": str(layer_scores),
+        "head_merge": head_merge,
         "config_before": config.to_dict(),
         "config_after": student_config.to_dict(),
         "params_before": models.count(config),
@@ -145,46 +126,56 @@ def sources(record: Record, name: str, layer: int | None = None) -> dict[str, in
 
 def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | None = None) -> Array:
     """See `parameterwise.Transform`."""
-    array, axes = arrays[name], models.declarations(parameterwise.configs(record)[0])[name].axes
-    kept = {axis: np.asarray(index) for axis, index in record["kept"].items()}
+    array, names = arrays[name], models.declarations(parameterwise.configs(record)[0])[name].axes
+    here = slice(None) if layer is None else slice(layer, layer + 1)
+    for axis in (*_NESTED, *(axis for axis in names if axis not in _NESTED)):
+        if axis not in names or axis not in record["kept"] or (axis == "layers" and layer is not None):
+            continue
+        index, place = np.asarray(record["kept"][axis]), names.index(axis)
+        index = index[here] if index.ndim > 1 else index
+        if axis == "heads" and names[-1] != "embed" and record.get("merged_heads"):  # the projection into the heads
+            array = heads.merge(array, index, np.asarray(record["merged_heads"])[here], place)
+        else:
+            lists = tuple(names.index(outer) for outer in _NESTED[: index.ndim - 1])
+            array = take(array, index, place, lists)
     factor = record["norm_factors"].get(name)
-    if layer is not None and "layers" in axes:
-        kept = {axis: index[layer : layer + 1] if index.ndim == 2 else index for axis, index in kept.items()}
-        kept["layers"] = np.zeros(1, int)
-        factor = None if factor is None else factor[layer : layer + 1]
-    for axis in ("layers", *(axis for axis in axes if axis != "layers")):  # per-layer lists are of kept layers
-        if axis in axes and axis in kept:
-            array = take(array, kept[axis], axes.index(axis))
     if factor is None:
         return array
-    return scaled(array, np.asarray(factor)[:, None] if "layers" in axes else float(factor))
+    return scaled(array, np.asarray(factor)[here, None] if "layers" in names else float(factor))
 
 
-def _best(scores: np.ndarray, count: int) -> np.ndarray:
-    """Indices of the `count` highest along the last axis, ascending; among equals the lowest index wins."""
-    return np.sort(np.argsort(-scores, axis=-1, kind="stable")[..., :count], axis=-1)
+def _keep_neurons(
+    config: models.ModelConfig, scores: Scores, sizes: Target, layers_L: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Neurons of the dense MLP; or experts and the neurons of those that are kept, where they are cut."""
+    before, after = axes(present(config)), axes(dataclasses.asdict(sizes))
+    cut = {axis for axis in before if after[axis] < before[axis]}
+    kept = {}
+    if "mlp" in before:
+        every_LF = np.zeros((config.layers, config.mlp_dim))  # equal scores: all of them, in their order
+        neurons_LF = _needed(scores, "neurons_LF", "mlp_dim") if "mlp" in cut else every_LF
+        kept["mlp"] = heads.best(neurons_LF[layers_L], after["mlp"])
+    if "experts" in cut:
+        kept["experts"] = heads.best(_needed(scores, "experts_LE", "experts")[layers_L], after["experts"])
+    if "expert_mlp" in cut:
+        neurons_LEF = _needed(scores, "expert_neurons_LEF", "expert_dim")[layers_L]
+        if "experts" in kept:
+            neurons_LEF = np.take_along_axis(neurons_LEF, kept["experts"][:, :, None], axis=1)
+        kept["expert_mlp"] = heads.best(neurons_LEF, after["expert_mlp"])
+    if "shared_mlp" in cut:
+        kept["shared_mlp"] = heads.best(
+            _needed(scores, "shared_neurons_LS", "shared_dim")[layers_L], after["shared_mlp"]
+        )
+    return kept
 
 
-def _keep_layers(scores_L: np.ndarray, count: int, protect_ends: bool) -> np.ndarray:
-    scores_L = np.array(scores_L, dtype=np.float64)
-    if protect_ends and count < len(scores_L):
-        if count < 2:
-            raise UserError(
-                f"{count} layer cannot hold both the first and the last", where=f"{_WHERE}.layers",
-                remedy="use 2 or more, or prune.protect_ends=False",
-            )  # fmt: skip
-        scores_L[[0, -1]] = np.inf
-    return _best(scores_L, count)
-
-
-def _keep_heads(heads_LH: np.ndarray, groups_LK: np.ndarray, heads: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best groups of each layer, and inside each the best heads, so that head h still reads group h // (H'/K')."""
-    layers, have = groups_LK.shape
-    per_group = heads_LH.shape[1] // have
-    kept_LK = _best(groups_LK, groups)
-    inside_LKG = np.take_along_axis(heads_LH.reshape(layers, have, per_group), kept_LK[:, :, None], axis=1)
-    kept_LKG = _best(inside_LKG, heads // groups) + kept_LK[:, :, None] * per_group
-    return kept_LKG.reshape(layers, heads), kept_LK
+def _needed(scores: Scores, name: str, field: str) -> np.ndarray:
+    value = getattr(scores, name)
+    if value is None:
+        raise UserError(
+            f"the scores have no {name}", where=f"prune.target.{field}", remedy="collect scores of this model"
+        )
+    return value
 
 
 def _norm_factors(
@@ -208,14 +199,18 @@ def _norm_factors(
 
 
 def _check_scores(config: models.ModelConfig, scores: Scores) -> None:
-    if config.experts is not None:
-        raise UserError("pruning takes dense models", where="model.experts", remedy="prune before upcycling")
     sizes = {"L": config.layers, "D": config.model_dim, "F": config.mlp_dim, "H": config.heads, "K": config.kv_heads}
-    for name, value in dataclasses.asdict(scores).items():
+    if config.experts is not None:
+        e = config.experts
+        sizes |= {"E": e.num_experts, "F": e.mlp_dim, "S": e.shared_mlp_dim}
+    for field in dataclasses.fields(scores):
+        value = getattr(scores, field.name)
         if not isinstance(value, np.ndarray):
             continue
-        shape = tuple(sizes[letter] for letter in name.rsplit("_", 1)[1])
+        letters = field.name.rsplit("_", 1)[1]
+        shape = tuple(sizes.get(letter, 0) for letter in letters)
         if value.shape != shape:
-            raise UserError(f"{name} has shape {value.shape}, the model needs {shape}", where="prune.scores")
+            raise UserError(f"{field.name} has shape {value.shape}, the model needs {shape}", where="prune.scores")
+        value = value[np.triu_indices(len(value))] if letters == "LL" else value  # the rest means nothing
         if not np.all(np.isfinite(value)):
-            raise UserError(f"{name} is not finite", where="prune.scores", remedy="calibrate on other data")
+            raise UserError(f"{field.name} is not finite", where="prune.scores", remedy="calibrate on other data")

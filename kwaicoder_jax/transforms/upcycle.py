@@ -118,7 +118,10 @@ def plan(
     if not shared_neurons or granularity < 1:
         split.check_granularity(granularity, config.mlp_dim)
     used = exactness.experts_per_token(granularity, replicas, top_replicas, experts_per_token)
-    neurons_LF = None if scores is None else _check_neurons(scores.neurons_LF, config, "scores")
+    neurons_LF = None
+    if scores is not None:
+        assert scores.neurons_LF is not None, "scores of a mixture"
+        neurons_LF = _check_neurons(scores.neurons_LF, config, "scores")
     if coactivation is not None:
         _check_neurons(coactivation.fires_LF, config, "coactivation")
     shared_LS, order_RLP = _neurons(

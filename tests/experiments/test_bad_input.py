@@ -3,11 +3,15 @@
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.evaluation import benchmarks
 from tests.experiments import commands
 
 
@@ -45,6 +49,10 @@ def test_stage_before_its_input(tmp_path):
     output = refused("cpt", tmp_path)
     assert "prepare_data" in output
     assert "run prepare_data first" in output
+
+
+def test_no_stage(tmp_path):
+    assert "is no list of stages" in refused("pipeline", tmp_path, "--config.stages=()")
 
 
 def test_unknown_source_field(tmp_path):
@@ -157,3 +165,29 @@ def test_read_only_work_folder(tmp_path):
 def test_a_work_folder_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     assert str(tmp_path / "file") in refused("prepare_data", tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\xff\xfe", b"[1]\n"])
+def test_samples_that_are_none(tmp_path, content):
+    samples = tmp_path / "samples.jsonl"
+    if content is not None:
+        samples.write_bytes(content)
+    with pytest.raises(UserError, match=r"samples\.jsonl"):
+        benchmarks.read_samples(samples)
+
+
+def _catches(process: subprocess.Popen, number: int) -> bool:
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    caught = next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_stopped_while_it_imports(tmp_path):
+    """The handler stands before jax is imported."""
+    process = commands.start("pretrain", tmp_path / "work", "--preempt_exit_code=7")
+    while not _catches(process, signal.SIGTERM):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 7, output
+    assert output == "stopped; the same command goes on from here\n"

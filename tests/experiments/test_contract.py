@@ -6,6 +6,7 @@ import pytest
 
 from experiments import command, contract, stopping, training_stage
 from experiments.display import Display
+from kwaicoder_jax import distillation, models, training
 from kwaicoder_jax.errors import UserError
 
 
@@ -46,6 +47,106 @@ def test_a_changed_field_is_named(tmp_path, change, field):
     contract.run(context(tmp_path, **change), restart=True)
 
 
+def failing(context):
+    (context.folder / "half").write_text("half")
+    raise UserError("bad", where="one.x")
+
+
+def test_bad_input_that_shows_late_leaves_nothing_and_can_be_corrected(tmp_path):
+    wrong = context(tmp_path)
+    wrong.stage = contract.Stage("one", failing)
+    with pytest.raises(UserError, match="bad"):
+        contract.run(wrong)
+    assert not (tmp_path / "one").exists()
+    assert contract.run(context(tmp_path, x=2))["answer"] == 42
+
+
+def test_a_stage_that_has_done_nothing_may_change(tmp_path):
+    killed = context(tmp_path)
+    killed.stage = contract.Stage("one", lambda context: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        contract.run(killed)
+    assert (tmp_path / "one/stage.json").exists()
+    assert contract.run(context(tmp_path, x=2))["answer"] == 42
+
+
+def test_a_restart_with_bad_input_keeps_what_was_finished(tmp_path):
+    first = contract.run(context(tmp_path))
+    wrong = context(tmp_path, x=3)
+    wrong.stage = contract.Stage("one", failing)
+    with pytest.raises(UserError, match="bad"):
+        contract.run(wrong, restart=True)
+    assert contract.run(context(tmp_path)) == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+    missing = context(tmp_path)
+    missing.stage = contract.Stage("one", failing, inputs=lambda context: {"init_from": "prepare_data"})
+    with pytest.raises(UserError, match="run prepare_data first"):
+        contract.run(missing, restart=True)
+    assert contract.run(context(tmp_path)) == first
+
+
+def test_a_restart_leaves_a_running_stage_alone(tmp_path):
+    def second(running):
+        with pytest.raises(UserError, match="another process is running this stage"):
+            contract.run(context(tmp_path), restart=True)
+        return {}
+
+    first = context(tmp_path)
+    first.stage = contract.Stage("one", second)
+    contract.run(first)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["stage.json", "summary.json"])
+def test_a_damaged_file_is_named(tmp_path, name):
+    contract.run(context(tmp_path))
+    (tmp_path / "one" / name).write_text('{"seconds": ')
+    with pytest.raises(UserError, match=f"{name}: is not JSON"):
+        contract.run(context(tmp_path))
+
+
+def test_a_field_that_is_not_there_is_named():
+    section = contract.Section({"a": {"b": {"c": 1}}, "d": (1, 2)})
+    assert section["a"]["b"]["c"] == 1
+    assert section == {"a": {"b": {"c": 1}}, "d": (1, 2)}
+    with pytest.raises(UserError, match=r"^a\.b\.x: is missing"):
+        section["a"]["b"]["x"]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"eval_every": 0}, "cpt.eval_every: 0 is less than 1"),
+        ({"steps": "6"}, "cpt.steps: '6' is not of type int"),
+        ({"other": 1}, "cpt.other: no such field"),
+        ({}, "cpt.steps: is missing"),
+    ],
+)
+def test_built_from_a_section(values, words):
+    with pytest.raises(UserError, match=words):
+        training_stage.build(training.LoopConfig, ({} if not values else {"steps": 3}) | values, "cpt")
+
+
+@pytest.mark.parametrize(
+    ("cls", "values", "words"),
+    [
+        (training.OptimizerConfig, {"epsilon": -1.0}, "epsilon"),
+        (training.OptimizerConfig, {"b2": 1.0}, "b2"),
+        (training.OptimizerConfig, {"clip_norm": 0.0}, "clip_norm"),
+        (training.PhaseRate, {"steps": 4, "peak": -1.0}, "peak"),
+        (distillation.DistillConfig, {"temperature": 0.0}, "temperature"),
+        (distillation.DistillConfig, {"hidden_loss": "l1"}, "hidden_loss"),
+        (models.Runtime, {"remat": "some"}, "remat"),
+        (models.Runtime, {"experts": "fast"}, "experts"),
+        (models.Runtime, {"attention": "fast"}, "attention"),
+        (models.Runtime, {"scan_unroll": -1}, "scan_unroll"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_as_in_the_config(cls, values, words):
+    with pytest.raises(UserError, match=rf"^stage\.part\.{words}: "):
+        training_stage.build(cls, values, "stage.part")
+
+
 def test_lists_of_names_may_be_given_with_commas():
     assert command._lists({"a": ("x,y",), "b": ("x", "y"), "c": 3}) == {"a": ("x", "y"), "b": ("x", "y"), "c": 3}
 
@@ -62,10 +163,29 @@ def test_phases_add_up_to_the_steps():
     assert phases.rates[1].start == phases.rates[0].end
 
 
-@pytest.mark.parametrize(("steps", "shares"), [(2, (1, 1, 1)), (10, (1, 0)), (10, ()), (3, (100, 1, 1))])
+@pytest.mark.parametrize(
+    ("steps", "shares"), [(2, (1, 1, 1)), (10, (1, 0)), (10, ()), (3, (100, 1, 1)), (5, (float("nan"),)), (0, (1,))]
+)
 def test_phases_without_a_step_are_refused(steps, shares):
     with pytest.raises(UserError, match=r"cpt\."):
         training_stage.phases_of(section(steps, *shares), "cpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"fim": {"rate": 2.0}}, "fim.rate"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"mixture": {"a": -1.0}}, "mixture"),
+        ({"rate": {"peak": 1.0, "law": "cubic"}}, "rate.law"),
+        ({"rate": {"peak": 1.0, "warmup_share": 1.5}}, "rate.warmup_share"),
+    ],
+)
+def test_what_is_wrong_with_a_phase_is_named_as_in_the_config(change, field):
+    config = section(10, 1)
+    config["phases"]["phase0"] |= change
+    with pytest.raises(UserError, match=rf"^cpt\.phases\.phase0\.{field}: "):
+        training_stage.phases_of(config, "cpt")
 
 
 def test_a_signal_is_deferred_inside_a_loop_and_raised_after_it():

@@ -1,8 +1,8 @@
 """The whole recipe in processes: what it leaves, what it refuses to do twice, and what it does with changes."""
 
 import json
+import resource
 import shutil
-import time
 
 import pytest
 
@@ -36,10 +36,14 @@ def test_summary_keys_are_documented(finished):
 
 
 def test_a_second_run_does_nothing_and_says_so(finished):
-    began = time.monotonic()
+    def processor_seconds() -> float:  # not the clock's: other tests run beside this one
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    began = processor_seconds()
     output = commands.run("pipeline", finished)
     assert output.count("finished already") == 8
-    assert time.monotonic() - began < 30
+    assert processor_seconds() - began < 30
 
 
 def test_a_moved_work_folder_is_still_finished(finished, tmp_path):

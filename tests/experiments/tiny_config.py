@@ -24,7 +24,9 @@ def get_config() -> ConfigDict:
     config.prepare_data.vocab_size = 500
     config.prepare_data.valid_fraction = 0.1
     config.model = {"layers": 3, "model_dim": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp_dim": 48}
-    config.prune.target = {"layers": 2, "model_dim": 24, "mlp_dim": 32, "heads": 2, "kv_heads": 2}
+    config.prune.target.update({"layers": 2, "model_dim": 24, "mlp_dim": 32, "heads": 2, "kv_heads": 2})
+    config.prune.search.multiples.update({"model_dim": 8, "mlp_dim": 16})
+    config.prune.search.update({"candidates": 4, "batches": 1})
     config.validation = {"batch_size": 8, "sequence_length": 64, "max_tokens_per_source": 1500}
     config.loader.streams = 4
     mixture = {"standard_library": 0.7, "mathematics": 0.3}

@@ -3,12 +3,15 @@
 import dataclasses
 import io
 import json
+import math
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from kwaicoder_jax import files
+from kwaicoder_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +121,18 @@ def _part(root: Any, name: str, models: Mapping[str, tuple[dict[str, Any], int, 
     meta, total, active = models.get(name, ({}, 0, 0))
     folder = root / name
     return Part(
-        name, _json(folder / "summary.json"), _json(folder / "stage.json"), _lines(folder / "metrics.jsonl"),
-        meta, total, active,
+        name, _numbers(_json(folder / "summary.json")), _json(folder / "stage.json"),
+        _numbers(_lines(folder / "metrics.jsonl")), meta, total, active,
     )  # fmt: skip
+
+
+def _numbers(value: Any) -> Any:
+    """Nulls, which stand for what is not finite, as NaN."""
+    if isinstance(value, dict):
+        return {key: _numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_numbers(each) for each in value]
+    return math.nan if value is None else value
 
 
 def _json(place: Any) -> dict[str, Any]:
@@ -131,14 +143,20 @@ def _lines(place: Any) -> list[dict[str, Any]]:
     """The objects of a file with one a line; a last line that was cut short is left out."""
     if not place.exists():
         return []
-    return [json.loads(line) for line in place.read_text().split("\n")[:-1] if line]
+    try:
+        return [json.loads(line) for line in place.read_text().split("\n")[:-1] if line]
+    except ValueError as error:
+        raise UserError(f"holds a line that is not JSON ({error})", where=str(place), remedy="restore it") from error
 
 
 def _arrays(place: Any) -> dict[str, np.ndarray]:
     if not place.exists():
         return {}
-    with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as stored:
-        return {name: stored[name] for name in stored.files if name != "meta"}
+    try:
+        with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as stored:
+            return {name: stored[name] for name in stored.files if name != "meta"}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"is not a file of arrays ({error})", where=str(place), remedy="restore it") from error
 
 
 def _outcomes(folder: Any) -> dict[str, list[dict[str, Any]]]:

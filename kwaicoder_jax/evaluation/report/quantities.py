@@ -56,11 +56,15 @@ def whole(value: float) -> str:
 
 def loss(value: float) -> str:
     """Nats per token, three decimals."""
+    if not math.isfinite(value):
+        return "not finite"
     return f"{value:.3f}"
 
 
 def change(value: float) -> str:
     """A difference of losses with its sign; a difference below the digits shown says so."""
+    if not math.isfinite(value):
+        return "not finite"
     return "±0.000" if abs(value) < 5e-4 else f"{value:+.3f}".replace("-", "−")
 
 

@@ -1,6 +1,8 @@
 """Training runs laid end to end on one axis of tokens."""
 
 import dataclasses
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -72,11 +74,16 @@ def _segment(part: Part, start: float, css: str) -> Segment:
         start=start,
         end=start + max([r["tokens"] for r in train], default=0),
         # a stage with a "loss" section trains on something else than the labels' cross-entropy
-        train=[] if "loss" in part.section else [(start + r["tokens"], r["loss"]) for r in train],
-        valid=[(x, r["valid_loss"]) for x, r in zip(places, valid)],
-        sources={name: [(x, by[name]) for x, by in zip(places, by_source) if name in by] for name in names},
+        train=[] if "loss" in part.section else _finite((start + r["tokens"], r["loss"]) for r in train),
+        valid=_finite((x, r["valid_loss"]) for x, r in zip(places, valid)),
+        sources={name: _finite((x, by[name]) for x, by in zip(places, by_source) if name in by) for name in names},
         phases=[(start + tokens, name) for tokens, name in phases(part)],
     )
+
+
+def _finite(points: Iterable[Point]) -> list[Point]:
+    """What can be drawn: a run that diverged has no more points."""
+    return [point for point in points if math.isfinite(point[1])]
 
 
 def phases(part: Part) -> list[tuple[float, str]]:

@@ -330,9 +330,9 @@ def test_a_source_smaller_than_the_streams(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "fragment"),
     [
-        ({"streams": 3}, r"data\.streams: 3 does not divide phase 0's batch of 8"),
-        ({"streams": 0}, r"data\.streams"),
-        ({"streams": 2, "process_count": 4}, r"data\.streams: 2 is not a multiple of the 4 processes"),
+        ({"streams": 3}, r"loader\.streams: 3 does not divide phase 0's batch of 8"),
+        ({"streams": 0}, r"loader\.streams"),
+        ({"streams": 2, "process_count": 4}, r"loader\.streams: 2 is not a multiple of the 4 processes"),
         ({"phases": []}, "phases"),
         ({"phases": [data.PhaseSpec(1, 4, 64, {"poems": 1.0})]}, "poems"),
     ],
@@ -369,7 +369,7 @@ def test_states_of_another_run_are_refused(corpus, undisturbed, tmp_path, corpus
         "corpus": loader(data.Corpus.open(tmp_path / "o")),
     }
     for field, other in others.items():
-        with pytest.raises(UserError, match=rf"data\.{field}"):
+        with pytest.raises(UserError, match=rf"loader\.{field}"):
             other.set_state(state)
     del state["streams"]["2"]
     with pytest.raises(UserError, match="lacks stream 2"):
@@ -422,3 +422,44 @@ def test_validation_tokens_are_bounded(corpus):
         assert (of_source[-1]["segment_ids"][-1] == 0).all() or len(of_source) >= 1
     one = data.validation_batches(corpus, sequence_length=64, batch_size=4, max_tokens_per_source=1)
     assert all(len(b) == 1 and (b[0]["segment_ids"][1:] == 0).all() for b in one.values())
+
+
+def rows_of(batches):
+    """Each row as bytes, in any order: the order of rows is drawn anew in each run."""
+    return sorted(np.stack([batch[name][row] for name in sorted(batch)]).tobytes()
+                  for batch in batches for row in range(len(batch["inputs"])))  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_second_run_goes_on_where_the_first_ended(corpus, undisturbed, first):
+    """Two runs, one after the other, see what one run through all their phases sees."""
+    one = loader(corpus, PHASES[:first])
+    seen = list(one)
+    state = json.loads(json.dumps(one.get_state()))
+    two = loader(corpus, PHASES[first:])
+    two.go_on_from(state)
+    whole = list(loader(corpus))
+    assert rows_of(seen) == rows_of(whole[: one.steps])
+    assert rows_of(two) == rows_of(whole[one.steps :])
+    assert rows_of(loader(corpus, PHASES[first:])) != rows_of(whole[one.steps :])
+
+
+def test_a_run_that_goes_on_resumes_to_the_same(corpus):
+    one = loader(corpus, PHASES[:1])
+    list(one)
+    two, again = loader(corpus, PHASES[1:]), loader(corpus, PHASES[1:])
+    two.go_on_from(one.get_state())
+    next(two)
+    again.set_state(json.loads(json.dumps(two.get_state())))
+    for a, b in zip(two, again, strict=True):
+        same(a, b)
+
+
+def test_going_on_needs_the_end_of_a_run_like_this_one(corpus):
+    one = loader(corpus, PHASES[:1])
+    next(one)
+    with pytest.raises(UserError, match="not at its end"):
+        loader(corpus).go_on_from(one.get_state())
+    list(one)
+    with pytest.raises(UserError, match=r"loader\.seed"):
+        loader(corpus, seed=6).go_on_from(one.get_state())

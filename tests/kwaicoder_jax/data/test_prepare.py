@@ -82,13 +82,13 @@ def test_split_follows_the_text_not_the_corpus(tmp_path, corpus, corpus_config):
 @pytest.mark.parametrize(
     ("change", "fragment"),
     [
-        ({"sources": {}}, "data.sources"),
-        ({"valid_fraction": 0.0}, "data.valid_fraction"),
+        ({"sources": {}}, "prepare_data.sources"),
+        ({"valid_fraction": 0.0}, "prepare_data.valid_fraction"),
         ({"valid_fraction": 1e-9}, "no valid document"),
         ({"valid_fraction": 1 - 1e-9}, "no train document"),
-        ({"vocab_size": 10}, "data.vocab_size"),
-        ({"shard_bytes": 0}, "data.shard_bytes"),
-        ({"sources": {"m": {"kind": "mathematics", "max_bytes": 5}}}, "data.sources.m"),
+        ({"vocab_size": 10}, "prepare_data.vocab_size"),
+        ({"shard_bytes": 0}, "prepare_data.shard_bytes"),
+        ({"sources": {"m": {"kind": "mathematics", "max_bytes": 5}}}, "prepare_data.sources.m"),
     ],
 )
 def test_errors_leave_nothing(tmp_path, corpus_config, change, fragment):

@@ -119,8 +119,8 @@ def test_docstrings_name_nested_functions():
 @pytest.mark.parametrize(
     ("config", "fragment"),
     [
-        ({"kind": "web", "max_bytes": 1}, "data.sources.s.kind"),
-        ({"kind": "folder", "max_bytes": 1}, "data.sources.s.path"),
+        ({"kind": "web", "max_bytes": 1}, "prepare_data.sources.s.kind"),
+        ({"kind": "folder", "max_bytes": 1}, "prepare_data.sources.s.path"),
         ({"kind": "mathematics", "max_bytes": 1, "sead": 0}, "sead"),
         ({"kind": "mathematics", "max_bytes": 0}, "max_bytes"),
         ({"kind": "mathematics", "max_bytes": 10, "seed": -1}, "seed"),

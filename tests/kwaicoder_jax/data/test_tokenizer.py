@@ -76,7 +76,7 @@ def test_errors(tmp_path, tokenizer):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(UserError, match=r"bad\.json"):
         data.Tokenizer.from_file(tmp_path / "bad.json")
-    with pytest.raises(UserError, match=r"data\.vocab_size"):
+    with pytest.raises(UserError, match=r"prepare_data\.vocab_size"):
         tokenizers.train(["x"], 100)
     renamed = data.Tokenizer(tokenizer.serialized(), data.SpecialTokens(fim_middle="<MID>"))
     with pytest.raises(UserError, match="<MID>"):

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.evaluation import report
 
 STAGES = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate")
@@ -148,3 +149,21 @@ def test_distillation_loss_is_not_drawn_as_a_cross_entropy(workdir, descriptions
     assert segments[2].phases == [(12000, "best"), (14000, "broad")]
     assert baseline is not None
     assert baseline.valid[-1] == (12000, 4.555)
+
+
+def test_a_run_that_diverged_can_be_shown(workdir, descriptions):
+    """JSON has no NaN: such a loss is null in metrics.jsonl and summary.json."""
+    metrics = workdir / "pretrain/metrics.jsonl"
+    metrics.write_text(re.sub(r'(loss": )[0-9.]+', r"\1null", metrics.read_text()))
+    summary = workdir / "pretrain/summary.json"
+    summary.write_text(summary.read_text().replace("4.222", "null").replace("8.111", "null"))
+    assert "not finite" in Page(build(workdir, descriptions())).text
+
+
+@pytest.mark.parametrize(
+    "name", ["upcycle/verify.json", "prune/scores.npz", "cpt/metrics.jsonl", "pretrain/summary.json"]
+)
+def test_a_damaged_file_is_named(workdir, descriptions, name):
+    (workdir / name).write_bytes(b'{"a"\n')
+    with pytest.raises(UserError, match=name):
+        build(workdir, descriptions())

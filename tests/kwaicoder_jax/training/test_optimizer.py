@@ -94,3 +94,22 @@ def test_multipliers_scale_the_whole_update_with_its_decay_exactly():
 def test_a_multiplier_of_no_parameter_is_a_user_error():
     with pytest.raises(UserError, match=r"optimizer.multipliers: 'layers/mlp/up' is not a parameter"):
         training.make_optimizer(OptimizerConfig(), RATE, CONFIGS["moe"], {"layers/mlp/up": 2.0})
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-8])
+def test_epsilon_follows_the_size_of_the_gradients(scale):
+    """c times the gradients and c times epsilon: the same steps; also where epsilon decides."""
+    config, factor = CONFIGS["moe"], 2.0**-3
+    tree, constants = trainable(config), OptimizerConfig(clip_norm=1e9, weight_decay=0.1)
+    plain = training.make_optimizer(constants, RATE, config)
+    scaled = training.make_optimizer(constants, RATE, config, epsilons={"layers/moe/up": factor})
+    states = [plain.init(tree), scaled.init(tree)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    for step in range(3):
+        gradient = gradients(tree, step, scale)
+        changed = {**gradient, "model": jax.tree.map(lambda x: x, gradient["model"])}
+        changed["model"]["layers"]["moe"]["up"] = factor * gradient["model"]["layers"]["moe"]["up"]
+        expected, states[0] = jax.jit(plain.update)(gradient, states[0], tree)
+        found, states[1] = jax.jit(scaled.update)(changed, states[1], tree)
+        for name, update in flat(expected).items():
+            np.testing.assert_allclose(flat(found)[name], update, rtol=1e-5, atol=1e-9, err_msg=name)

@@ -93,8 +93,8 @@ def test_after_the_last_phase_the_rate_stays(law, warmup):
 
 
 def test_bad_phases_are_user_errors():
-    with pytest.raises(UserError, match=r"learning_rate.law: no law 'cubic'; one of .*cosine"):
+    with pytest.raises(UserError, match=r"rate.law: no law 'cubic'; one of .*cosine"):
         PhaseRate(10, 1.0, law="cubic")
     for warmup in (-1, 11):
-        with pytest.raises(UserError, match=f"learning_rate.warmup: {warmup} of 10 steps"):
+        with pytest.raises(UserError, match=f"rate.warmup_share: {warmup} of 10 steps"):
             PhaseRate(10, 1.0, warmup=warmup)

@@ -51,26 +51,49 @@ def dense_mlp(x, p):
     return a @ p["down"], a
 
 
+def chosen_experts(token, p, experts):
+    """The (combine weight, expert) pairs of one token."""
+    logits = token @ p["router"]
+    ranked_by = 1 / (1 + np.exp(-logits)) + p["router_bias"] if experts.router_bias else logits
+    chosen = np.argsort(-ranked_by, kind="stable")[: experts.experts_per_token]
+    if experts.router in ("topk_softmax", "softmax_topk_renormalised"):
+        weights = softmax(logits[chosen])
+    elif experts.router == "softmax_topk":
+        weights = softmax(logits)[chosen]
+    else:
+        weights = 1 / (1 + np.exp(-logits[chosen]))
+        weights = experts.routed_scale * weights / np.sum(weights)
+    return list(zip(weights, chosen))
+
+
+def expert(p, e):
+    return {name: p[name][e] for name in ("gate", "up", "down")}
+
+
 def moe(x, p, experts):
     """The mixture, one token and one expert at a time."""
     flat, y = x.reshape(-1, x.shape[-1]), np.zeros((x.size // x.shape[-1], x.shape[-1]))
     for m, token in enumerate(flat):
-        logits = token @ p["router"]
-        ranked_by = 1 / (1 + np.exp(-logits)) + p["router_bias"] if experts.router_bias else logits
-        chosen = np.argsort(-ranked_by, kind="stable")[: experts.experts_per_token]
-        if experts.router in ("topk_softmax", "softmax_topk_renormalised"):
-            weights = softmax(logits[chosen])
-        elif experts.router == "softmax_topk":
-            weights = softmax(logits)[chosen]
-        else:
-            weights = 1 / (1 + np.exp(-logits[chosen]))
-            weights = experts.routed_scale * weights / np.sum(weights)
-        for weight, e in zip(weights, chosen):
-            y[m] += weight * dense_mlp(token, {name: p[name][e] for name in ("gate", "up", "down")})[0]
+        for weight, e in chosen_experts(token, p, experts):
+            y[m] += weight * dense_mlp(token, expert(p, e))[0]
         if experts.shared_mlp_dim:
             gate = 1 / (1 + np.exp(-token @ p["shared_gate"])) if experts.shared_gate else 1.0
             y[m] += gate * dense_mlp(token, p["shared"])[0]
     return y.reshape(x.shape)
+
+
+def moe_activations(x, p, experts):
+    """ "expert_neurons" [B, T, E, F] (NaN where a token did not choose the expert), "experts" [B, T, E] (norm of the
+    weighted output, 0 there) and "shared_neurons" [B, T, S]."""
+    count, width = p["gate"].shape[0], p["gate"].shape[-1]
+    raw = {"expert_neurons": np.full((*x.shape[:2], count, width), np.nan), "experts": np.zeros((*x.shape[:2], count))}
+    for here in np.ndindex(x.shape[:2]):
+        for weight, e in chosen_experts(x[here], p, experts):
+            out, raw["expert_neurons"][here][e] = dense_mlp(x[here], expert(p, e))
+            raw["experts"][here][e] = np.linalg.norm(weight * out)
+    if experts.shared_mlp_dim:
+        raw["shared_neurons"] = dense_mlp(x, p["shared"])[1]
+    return raw
 
 
 def forward(params, config, batch):
@@ -83,6 +106,9 @@ def forward(params, config, batch):
         raw = {"attention_norm_in": x}
         raw["attention_norm_out"] = rms_norm(x, layer["attention_norm"]["scale"], config.norm_epsilon)
         mixed, raw["heads"] = attention(raw["attention_norm_out"], layer["attention"], config, batch)
+        parts = np.einsum("bthn,hnd->bthd", raw["heads"], layer["attention"]["out"])
+        by_group = parts.reshape(*x.shape[:2], config.kv_heads, -1, config.model_dim).sum(3)
+        raw["groups"] = np.linalg.norm(by_group, axis=-1)
         h = x + mixed
         raw["mlp_norm_in"] = h
         raw["mlp_norm_out"] = rms_norm(h, layer["mlp_norm"]["scale"], config.norm_epsilon)
@@ -90,6 +116,7 @@ def forward(params, config, batch):
             y, raw["neurons"] = dense_mlp(raw["mlp_norm_out"], layer["mlp"])
         else:
             y = moe(raw["mlp_norm_out"], layer["moe"], config.experts)
+            raw |= moe_activations(raw["mlp_norm_out"], layer["moe"], config.experts)
         raw["in"], raw["out"] = x, h + y
         x = h + y
         layers.append(raw)

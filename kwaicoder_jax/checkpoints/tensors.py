@@ -1,0 +1,189 @@
+"""Single tensors of a checkpoint, read when they are asked for: whole, or one layer."""
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.traverse_util
+import numpy as np
+import tensorstore as ts
+from etils import epath
+
+from kwaicoder_jax import files
+from kwaicoder_jax.checkpoints import layout
+from kwaicoder_jax.checkpoints.store import find, newest_step, read_meta
+from kwaicoder_jax.errors import UserError
+
+READ_BYTES = 128 * 2**20  # a longer slice is read in pieces of this size, since tensorstore holds each piece twice
+# Small arrays are often one chunk for all layers; kept decoded, such a chunk is not read again for every layer.
+_CACHE = {"cache_pool": {"total_bytes_limit": 128 * 2**20}, "file_io_concurrency": {"limit": 8}}
+
+
+class Tensor:
+    """A tensor that is in memory already; also the interface of those on disk."""
+
+    def __init__(self, name: str, array: Any):
+        self.name, self._array = name, array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self._array.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """As stored."""
+        return np.dtype(self._array.dtype)
+
+    def slice_bytes(self, layer: int | None = None) -> int:
+        """Bytes of what `read` would return."""
+        return math.prod(self.shape if layer is None else self.shape[1:]) * self.dtype.itemsize
+
+    def read(self, layer: int | None = None) -> np.ndarray:
+        """The whole tensor, or [1, ...] of one layer."""
+        return np.asarray(self._array if layer is None else self._array[layer : layer + 1])
+
+
+class StoredTensor(Tensor):
+    """A tensor in any checkpoint that Orbax wrote, read through tensorstore."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._array.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self._array.dtype.numpy_dtype)
+
+    def read(self, layer: int | None = None) -> np.ndarray:
+        """The whole tensor, or [1, ...] of one layer; UserError if a part of it is gone."""
+        store = self._array if layer is None else self._array[layer : layer + 1]
+        try:
+            if self.slice_bytes(layer) <= READ_BYTES or store.size == 1:
+                return store.read().result()
+            axis, rows = _pieces(store)
+            out = np.empty(store.shape, self.dtype)
+            for start in range(0, store.shape[axis], rows):
+                run = (*[slice(None)] * axis, slice(start, start + rows))
+                out[run] = store.translate_to[(0,) * store.rank][run].read().result()
+            return out
+        except ValueError as error:
+            raise UserError(f"{self.name} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+class PlainTensor(Tensor):
+    """A tensor of a streamed checkpoint on a local disk: its files are its memory, so they are read into place."""
+
+    def __init__(self, name: str, folder: epath.Path, spec: layout.Spec, chunks: tuple[int, ...]):
+        super().__init__(name, spec)
+        self._folder, self._chunks = folder, chunks
+
+    def read(self, layer: int | None = None) -> np.ndarray:
+        """The whole tensor, or [1, ...] of one layer; UserError if a part of it is gone."""
+        spec = self._array
+        if layer is not None and not spec.layered:
+            return self.read()[layer : layer + 1]
+        wanted = spec.slices if layer is None else [layer]
+        out = np.empty((len(wanted), *spec.shape[1:]) if spec.layered else spec.shape, spec.dtype)
+        bytes_ = out.reshape(-1).view(np.uint8)
+        for row, each in zip(np.split(bytes_, len(wanted)), wanted):
+            for part in layout.parts(spec, self._chunks, each):
+                self._read_part(part, row[part.start * spec.dtype.itemsize : part.stop * spec.dtype.itemsize])
+        return out
+
+    def _read_part(self, part: layout.Part, into: np.ndarray) -> None:
+        try:
+            with open(self._folder / part.file, "rb", buffering=0) as file:
+                whole = _fill(file, into.data)
+        except FileNotFoundError:
+            whole = False
+        if not whole:
+            raise UserError(f"{self.name} cannot be read: {part.file} is missing or cut off", where=str(self._folder))
+
+
+def _fill(file: Any, view: memoryview) -> bool:
+    """Reads until `view` is full; False if the file ends before."""
+    while len(view):
+        count = file.readinto(view)
+        if not count:
+            return False
+        view = view[count:]
+    return True
+
+
+def _pieces(store: Any) -> tuple[int, int]:
+    """The first axis longer than 1, and how many of its indices to read at once: whole chunks, about READ_BYTES."""
+    axis = next(axis for axis, size in enumerate(store.shape) if size > 1)
+    row = math.prod(store.shape[axis + 1 :]) * store.dtype.numpy_dtype.itemsize
+    chunk = (store.chunk_layout.read_chunk.shape or store.shape)[axis] or 1
+    return axis, max(1, READ_BYTES // (row * chunk)) * chunk
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors by name, as in "layers/mlp/gate".
+
+    Attributes:
+      identity: equal for equal contents; changes with the checkpoint.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], identity: str):
+        self._tensors, self.identity = dict(tensors), identity
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def below(self, prefix: str) -> "Tensors":
+        """Those whose names begin with `prefix`, without it."""
+        found = {name.removeprefix(prefix): x for name, x in self._tensors.items() if name.startswith(prefix)}
+        return Tensors(found, files.digest([self.identity, prefix]))
+
+
+def from_params(params: Any) -> Tensors:
+    """The tensors of a params tree of numpy arrays."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    sums = {name: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data) for name, x in flat.items()}
+    return Tensors({name: Tensor(name, x) for name, x in flat.items()}, files.digest(sums))
+
+
+def open_tensors(place: str | os.PathLike[str], item: str = "params") -> Tensors:
+    """The parameters of the newest complete checkpoint in a stage folder, none of them read yet.
+
+    Args:
+      place: the stage folder.
+      item: "params", or "train" for the optimizer's state and the like, with names as in "opt_state/1/mu/model/...".
+
+    Raises:
+      UserError: there is no checkpoint, or one whose tensors cannot be found.
+    """
+    step = newest_step(place)
+    folder = find(place).absolute() / str(step) / item
+    try:
+        tree = json.loads((folder / "_METADATA").read_text())
+        names = ["/".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in tree["tree_metadata"].values()]
+        ocdbt, zarr3 = tree.get("use_ocdbt", True), tree.get("use_zarr3", False)
+        context = ts.Context(_CACHE)
+        tensors = {name: _open(folder, name, ocdbt, zarr3, context) for name in names}
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(f"{place} holds no readable {item}: {str(error).splitlines()[0]}") from error
+    return Tensors(tensors, files.digest({"step": step, "meta": read_meta(place)}))
+
+
+def _open(folder: epath.Path, name: str, ocdbt: bool, zarr3: bool, context: ts.Context) -> Tensor:
+    stored = layout.storage_name(name)
+    if not ocdbt and not zarr3 and os.path.isdir(folder):
+        plain = layout.parse_zarray((folder / stored / ".zarray").read_text())
+        if plain is not None:
+            return PlainTensor(name, folder / stored, *plain)
+    base = f"{folder}/" if "://" in str(folder) else f"file://{folder}/"
+    store = {"driver": "ocdbt", "base": base, "path": stored} if ocdbt else f"{base}{stored}"
+    spec = {"driver": "zarr3" if zarr3 else "zarr", "kvstore": store, "fill_missing_data_reads": False}
+    return StoredTensor(name, ts.open(spec, open=True, read=True, context=context).result())

@@ -1,0 +1,141 @@
+"""Adam's moments through a transform, so that training goes on instead of starting over.
+
+Scaling a matrix by s and giving it to R replicas, of which k serve a token, makes the gradient of each copy g / (s*R) on
+average (the replicas share the tokens): m' = m / (s*R). The second moment lies between v / (s^2 R^2), where the gradient
+is mostly signal (its mean over a batch shrinks by R), and v / (s^2 R k), where it is mostly noise (a copy sees k/R of
+the tokens, and the variance of a sum over tokens shrinks with their number, not with its square). The step count stays.
+For k = R both are the same, and with a uniform router, a learning rate times s and an epsilon over s*R each copy moves
+by s times the dense step: the function moves as the dense model's would have.
+"""
+
+import enum
+from typing import Any
+
+import numpy as np
+
+from kwaicoder_jax import models
+from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.transforms import drop, parameterwise, prune, upcycle
+from kwaicoder_jax.transforms.arrays import Array, like, scaled
+
+Record = parameterwise.Record
+
+
+class SecondMoment(enum.StrEnum):
+    """What the gradient is taken to be made of."""
+
+    SIGNAL = "signal"  # v / (s^2 R^2)
+    NOISE = "noise"  # v / (s^2 R k)
+    BETWEEN = "between"  # the geometric mean of both
+
+
+class Moment:
+    """One moment through upcycling, a parameter at a time: a `parameterwise.Transform` on the record of `upcycle`."""
+
+    def __init__(self, order: int, second_moment: str = SecondMoment.BETWEEN):
+        """Takes 0 for m or 1 for v, and a value of SecondMoment."""
+        self.order, self.second_moment = order, second_moment
+        self.__name__ = f"moment{order}_{second_moment}"
+
+    def sources(self, record: Record, name: str, layer: int | None = None) -> dict[str, int | None]:
+        """See `parameterwise.Transform`."""
+        return upcycle.sources(record, name, layer)
+
+    def parameter(self, record: Record, name: str, arrays: dict[str, Array], layer: int | None = None) -> Array:
+        """See `parameterwise.Transform`: as the parameter itself, with its own factor; zeros where that is new."""
+        factors = {name: pair[self.order] for name, pair in moment_factors(record, self.second_moment).items()}
+        same = {**record, "factors": factors, "drop": {**record["drop"], "replicas": []}}
+        array = upcycle.parameter(same, name, arrays, layer)
+        if not arrays:
+            return np.zeros_like(array)
+        d = models.declarations(parameterwise.configs(record)[1])[name]
+        if "expert_mlp" in d.axes and record["drop"]["replicas"]:
+            return _without_dropped(array, d, record, layer or 0)
+        return array
+
+
+def upcycled(
+    first: models.Params,
+    second: models.Params,
+    config: models.ModelConfig,
+    record: Record,
+    *,
+    second_moment: str = SecondMoment.BETWEEN,
+) -> tuple[models.Params, models.Params]:
+    """The moments of an upcycled model, in memory.
+
+    Args:
+      first: Adam's m, laid out as the dense parameters; numpy, device or sharded arrays.
+      second: Adam's v.
+      config: the dense model.
+      record: of `upcycle.apply`.
+      second_moment: a value of SecondMoment.
+
+    Returns:
+      m and v, laid out as the mixture's parameters and of the same kind of arrays. New parameters (router, bias, gate)
+      and neurons that were drawn anew have zeros.
+    """
+    m, v = (
+        parameterwise.replay(Moment(order, second_moment), moments, config, record)
+        for order, moments in enumerate((first, second))
+    )
+    return m, v
+
+
+def moment_factors(record: Record, second_moment: str = SecondMoment.BETWEEN) -> dict[str, tuple[float, float]]:
+    """By parameter that upcycling scaled or copied: the factors on m and on v."""
+    try:
+        chosen = SecondMoment(second_moment)
+    except ValueError as error:
+        raise UserError(
+            f"no choice {second_moment!r}", where="upcycle.second_moment", remedy=f"use {', '.join(SecondMoment)}"
+        ) from error
+    declared = models.declarations(parameterwise.configs(record)[1])
+    replicas, top = record["replicas"], record["experts_per_token"] / record["granularity"]
+    noise = {SecondMoment.SIGNAL: 0.0, SecondMoment.NOISE: 1.0, SecondMoment.BETWEEN: 0.5}[chosen]
+    factors = {}
+    for name, s in record["factors"].items():
+        routed = "expert_mlp" in declared[name].axes
+        copies, served = (replicas, top) if routed else (1, 1)
+        factors[name] = (1 / (s * copies), 1 / (s * copies) ** 2 * (copies / served) ** noise)
+    return factors
+
+
+def rate_multipliers(record: Record) -> dict[str, float]:
+    """By expert matrix, the learning-rate multiplier s with which its relative step stays what it was."""
+    return dict(record["factors"])
+
+
+def epsilon_factors(record: Record) -> dict[str, float]:
+    """By expert matrix, the factor 1 / (s*R) on Adam's epsilon, which follows the size of its gradients."""
+    return {name: first for name, (first, _) in moment_factors(record).items()}
+
+
+def pruned(
+    first: models.Params, second: models.Params, config: models.ModelConfig, record: Record
+) -> tuple[models.Params, models.Params]:
+    """The moments of a pruned model: those of the kept units; a norm that was multiplied by c has m / c and v / c^2.
+
+    Arguments and result as in `upcycled`; the record is of `prune.apply`.
+    """
+
+    def inverse(value: Any, power: int) -> Any:
+        return [inverse(x, power) for x in value] if isinstance(value, list) else float(value) ** -power
+
+    results = []
+    for power, moments in ((1, first), (2, second)):
+        factors = {name: inverse(value, power) for name, value in record["norm_factors"].items()}
+        results.append(parameterwise.replay(prune, moments, config, {**record, "norm_factors": factors}))
+    return results[0], results[1]
+
+
+def _without_dropped(array: Array, d: models.Declaration, record: Record, first_layer: int) -> Array:
+    """Zeros where neurons were drawn anew."""
+    granularity, count = record["granularity"], record["drop"]["neurons_per_expert"]
+    width, sizes = d.shape[d.axes.index("expert_mlp")], dict(zip(d.axes, array.shape))
+    kept_LEF = np.ones((sizes["layers"], sizes["experts"], width), np.float32)
+    for at in range(sizes["layers"]):
+        for expert in (r * granularity + g for r in record["drop"]["replicas"] for g in range(granularity)):
+            kept_LEF[at, expert, drop.neurons(record["seed"], first_layer + at, expert, width, count)] = 0.0
+    shape = [n if axis in ("layers", "experts", "expert_mlp") else 1 for n, axis in zip(array.shape, d.axes)]
+    return scaled(array, like(array, kept_LEF.reshape(shape)))

@@ -1,0 +1,119 @@
+"""The shape to prune to: sizes, what they mean in a model's config, and which of them cannot be."""
+
+import dataclasses
+from typing import Any
+
+from kwaicoder_jax import models
+from kwaicoder_jax.errors import UserError
+
+WHERE = "prune.target"
+_OF_EXPERTS = {"experts": "num_experts", "expert_dim": "mlp_dim", "shared_dim": "shared_mlp_dim",
+               "experts_per_token": "experts_per_token"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The sizes to prune to; None keeps the size.
+
+    Attributes:
+      layers: L.
+      model_dim: D, channels.
+      mlp_dim: F, neurons of the dense MLP; not for a mixture.
+      heads: H, query heads; the same number in each KV group.
+      kv_heads: K, KV heads, each with its query heads.
+      experts: E, experts of each layer of a mixture.
+      expert_dim: neurons of each expert.
+      shared_dim: neurons of the shared expert.
+      experts_per_token: X; has to be asked for when fewer experts are kept than a token uses.
+    """
+
+    layers: int | None = None
+    model_dim: int | None = None
+    mlp_dim: int | None = None
+    heads: int | None = None
+    kv_heads: int | None = None
+    experts: int | None = None
+    expert_dim: int | None = None
+    shared_dim: int | None = None
+    experts_per_token: int | None = None
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            if isinstance(size, list | tuple):
+                raise UserError(
+                    f"{list(size)} is a size for each layer; the layers are one scan over identical layers, with one "
+                    "stacked array for each parameter",
+                    where=f"{WHERE}.{name}", remedy="give one number for all layers",
+                )  # fmt: skip
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+                raise UserError(f"{size!r} is not a whole number", where=f"{WHERE}.{name}")
+
+    def resolve(self, config: models.ModelConfig) -> "Target":
+        """The target with every size of the model filled in; UserError names the field that cannot be.
+
+        What the model does not have (experts of a dense model, the dense MLP of a mixture) stays None.
+        """
+        have, sizes = present(config), {}
+        for name, asked in dataclasses.asdict(self).items():
+            if name not in have:
+                if asked is not None:
+                    raise UserError(f"the model has no {name}", where=f"{WHERE}.{name}", remedy=_instead(name))
+                continue
+            sizes[name] = have[name] if asked is None else asked
+            if not 1 <= sizes[name] <= have[name]:
+                raise UserError(
+                    f"{asked} cannot be kept of {have[name]}", where=f"{WHERE}.{name}", remedy=f"use 1 to {have[name]}"
+                )
+        _check_heads(config, sizes["heads"], sizes["kv_heads"])
+        if sizes.get("experts", 1) < sizes.get("experts_per_token", 1):
+            raise UserError(
+                f"a token uses {sizes['experts_per_token']} experts of the {sizes['experts']} that are kept",
+                where=f"{WHERE}.experts",
+                remedy=f"keep {sizes['experts_per_token']} or more, or set {WHERE}.experts_per_token",
+            )
+        return Target(**sizes)
+
+    def apply(self, config: models.ModelConfig) -> models.ModelConfig:
+        """The config of `config`'s model cut to this target."""
+        sizes = {name: size for name, size in dataclasses.asdict(self.resolve(config)).items() if size is not None}
+        inside = {field: sizes.pop(name) for name, field in _OF_EXPERTS.items() if name in sizes}
+        if config.experts is not None:
+            sizes["experts"] = dataclasses.replace(config.experts, **inside)
+        return config.replace(**sizes)
+
+
+def present(config: models.ModelConfig) -> dict[str, int]:
+    """The sizes that a model has, by field of Target."""
+    names = ["layers", "model_dim", "mlp_dim", "heads", "kv_heads"]
+    if config.experts is None:
+        return {name: getattr(config, name) for name in names}
+    names.remove("mlp_dim")
+    sizes = {name: getattr(config, name) for name in names}
+    sizes |= {name: getattr(config.experts, field) for name, field in _OF_EXPERTS.items()}
+    return {name: size for name, size in sizes.items() if size}
+
+
+def axes(sizes: dict[str, Any]) -> dict[str, int]:
+    """Sizes of Target as sizes of the axes that parameters declare."""
+    names = {"layers": "layers", "model_dim": "embed", "mlp_dim": "mlp", "heads": "heads", "kv_heads": "kv_heads",
+             "experts": "experts", "expert_dim": "expert_mlp", "shared_dim": "shared_mlp"}  # fmt: skip
+    return {axis: sizes[name] for name, axis in names.items() if sizes.get(name) is not None}
+
+
+def _instead(name: str) -> str:
+    return "for the neurons of a mixture set expert_dim" if name == "mlp_dim" else "leave it out"
+
+
+def _check_heads(config: models.ModelConfig, heads: int, groups: int) -> None:
+    per_group = config.heads // config.kv_heads
+    choices = ", ".join(str(groups * n) for n in range(1, per_group + 1))
+    remedy = f"with {groups} KV heads use one of {choices}"
+    if heads % groups:
+        raise UserError(
+            f"{heads} query heads do not share {groups} KV heads evenly", where=f"{WHERE}.heads", remedy=remedy
+        )
+    if heads // groups > per_group:
+        raise UserError(
+            f"{heads} query heads need {heads // groups} in each of {groups} KV groups, which hold {per_group}",
+            where=f"{WHERE}.heads", remedy=remedy,
+        )  # fmt: skip
