@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 Array = Any  # numpy.ndarray or jax.Array (sharded or traced too); a transform returns the kind that it was given
@@ -22,6 +23,13 @@ def like(example: Array, value: np.ndarray) -> Array:
     if not isinstance(example, jax.core.Tracer) and isinstance(example.sharding, NamedSharding):
         return jax.device_put(value, NamedSharding(example.sharding.mesh, PartitionSpec()))
     return jnp.asarray(value)
+
+
+def host(array: Array) -> np.ndarray:
+    """On this host, also where the array is spread over processes."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
 
 
 def scaled(array: Array, factor: Any) -> Array:

@@ -18,6 +18,7 @@ from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.layers import project
 from kwaicoder_jax.transforms.activations import Batch, observe, tokens_of
+from kwaicoder_jax.transforms.arrays import host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def collect(
     for number, batch in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), number)
         one = _sums(params, tokens_of(batch, number), key, config, runtime or models.Runtime(), fire, sketch)
-        one = jax.tree.map(np.asarray, one)
+        one = jax.tree.map(host, one)
         total = one if total is None else jax.tree.map(np.add, total, one)
     if total is None or total["tokens"] == 0:
         raise UserError("no tokens to measure on", where="batches", remedy="give at least one batch with a token")

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms.arrays import Array
+from kwaicoder_jax.transforms.arrays import Array, host
 
 
 def plan(ratio: float, replicas_dropped: int | Sequence[int] | None, *, replicas: int, width: int) -> dict[str, Any]:
@@ -73,16 +72,16 @@ def redraw(
             "neurons cannot be dropped under jit", where="upcycle.drop_ratio", remedy="call upcycle outside of jax.jit"
         )
     place, width = axes.index("expert_mlp") - 2, array.shape[axes.index("expert_mlp")]
-    host = isinstance(array, np.ndarray)
-    values = array.copy() if host else np.zeros(array.shape, array.dtype)
+    on_host = isinstance(array, np.ndarray)
+    values = array.copy() if on_host else np.zeros(array.shape, array.dtype)
     mask_LEF = np.zeros((*array.shape[:2], width), bool)
     for at in range(array.shape[0]):
         for expert in (r * granularity + g for r in drop["replicas"] for g in range(granularity)):
             chosen = neurons(seed, layer + at, expert, width, drop["neurons_per_expert"])
-            new = _draw(np.moveaxis(_host(array[at, expert]), place, 0)[chosen], (seed, layer + at, expert), name)
+            new = _draw(np.moveaxis(host(array[at, expert]), place, 0)[chosen], (seed, layer + at, expert), name)
             np.moveaxis(values[at, expert], place, 0)[chosen] = new
             mask_LEF[at, expert, chosen] = True
-    if host:
+    if on_host:
         return values
     shape = [n if axis in ("layers", "experts", "expert_mlp") else 1 for n, axis in zip(array.shape, axes)]
     return jnp.where(mask_LEF.reshape(shape), jax.device_put(values, array.sharding), array)
@@ -95,12 +94,6 @@ def neurons(seed: int, layer: int, expert: int, width: int, count: int) -> np.nd
 
 def _draw(old: np.ndarray, key: tuple[int, int, int], name: str) -> np.ndarray:
     """Normal entries of the same mean and standard deviation, in the same dtype."""
-    wide = old.astype(np.float64)
+    wide = np.ascontiguousarray(old, np.float64)  # one order of summation, whatever the order in memory was
     normal = np.random.default_rng((*key, zlib.crc32(name.encode()))).standard_normal(old.shape)
     return (wide.mean() + wide.std() * normal).astype(old.dtype)
-
-
-def _host(array: Array) -> np.ndarray:
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        array = multihost_utils.process_allgather(array, tiled=True)
-    return np.ascontiguousarray(array)

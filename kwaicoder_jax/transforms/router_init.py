@@ -15,6 +15,7 @@ import numpy as np
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms.activations import Batch, observe, tokens_of
+from kwaicoder_jax.transforms.arrays import host
 from kwaicoder_jax.transforms.clustering import centroids
 
 
@@ -131,11 +132,11 @@ def mlp_inputs(
     found = []
     for number, batch in enumerate(batches):
         tokens = tokens_of(batch, number)
-        real_M = np.flatnonzero(np.asarray(tokens[2]).reshape(-1) > 0)
+        real_M = np.flatnonzero(host(tokens[2]).reshape(-1) > 0)
         generator = np.random.default_rng((seed, number))
         picked_M = np.sort(generator.choice(real_M, min(tokens_per_batch, len(real_M)), replace=False))
         if len(picked_M):
-            found.append(np.asarray(_inputs(params, tokens, picked_M, config, runtime or models.Runtime())))
+            found.append(host(_inputs(params, tokens, picked_M, config, runtime or models.Runtime())))
     if not found:
         raise UserError("no tokens to measure on", where="batches", remedy="give at least one batch with a token")
     return np.concatenate(found, axis=1)

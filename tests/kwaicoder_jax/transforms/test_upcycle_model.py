@@ -75,7 +75,9 @@ def test_control_what_is_lossy_fails_the_same_tolerance(params, tokens, name):
     assert reference.relative(run_mixture(config, weights(moe, "moe"), tokens), expected) > 1e-2
 
 
-@pytest.mark.parametrize(("granularity", "top", "placement"), [(4, 1, "down"), (8, 2, "balanced"), (2, 1, "up")])
+@pytest.mark.parametrize(
+    ("granularity", "top", "placement"), [(1, 2, "balanced"), (2, 1, "up"), (4, 1, "down"), (8, 2, "balanced")]
+)
 def test_forward_bf16_within_a_few_ulp(params, tokens, granularity, top, placement):
     """As near to the exact function as the dense layer in bf16 is, and within 4 ulp of a token's largest output."""
     config = CONFIG.replace(dtype="bfloat16", param_dtype="bfloat16")
