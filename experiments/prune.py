@@ -12,7 +12,7 @@ import jax
 
 from experiments import moments, prune_search, streamed
 from experiments.command import main
-from experiments.contract import Context, Stage, previous_checkpoint
+from experiments.contract import Context, Stage, check_arguments, previous_checkpoint
 from experiments.training_stage import (
     build,
     check_tokenizer,
@@ -24,8 +24,10 @@ from experiments.training_stage import (
     validation_of,
 )
 from kwaicoder_jax import checkpoints, data, models, training, transforms
+from kwaicoder_jax.transforms.depth import LayerScores
 from kwaicoder_jax.transforms.target import present
 
+GIVEN = ("params", "config", "batches", "blocks", "runtime")  # of importance.collect
 OPTIONS = ("norm_correction", "protect_ends", "layer_scores", "head_merge")  # of prune.apply
 
 
@@ -116,10 +118,17 @@ def _scores(
     place = context.folder / "scores.npz"
     if place.exists():
         return transforms.Scores.load(place)
+    check_arguments(transforms.importance.collect, context.section["importance"], "prune.importance", GIVEN)
+    runtime, by = runtime_of(context), context.section["layer_scores"]
     scores = transforms.importance.collect(
-        params, config, _batches(context, corpus, phases, mesh), runtime=runtime_of(context),
+        params, config, _batches(context, corpus, phases, mesh), runtime=runtime, blocks=by == LayerScores.BLOCK,
         **context.section["importance"],
     )  # fmt: skip
+    if by == LayerScores.LEAVE_ONE_OUT:
+        found = transforms.importance.leave_one_out(
+            params, config, _batches(context, corpus, phases, mesh), runtime=runtime
+        )
+        scores = scores.replace(leave_one_out_L=found.increase_L)
     scores.save(place)
     return scores
 
