@@ -2,10 +2,10 @@
 
     python -m benchmarks.importance_overhead [--json=FILE] [--seconds=30] [--models=dense,moe]
 
-Three jitted functions take turns in one process, on the same batch of 8 x 256 tokens: `models.forward` without a loss,
-the pass behind `importance.collect`, and that pass with the influence of runs of layers (`blocks`). A ratio is that of
-the medians; `cpu_ratio` is the same of the processor time that the process used, which other processes on the machine
-disturb less.
+Four jitted functions take turns in one process, on the same batch of 8 x 256 tokens: `models.forward` without a loss;
+the pass behind `importance.collect`; that with the influence of runs of layers (`blocks`); and the pass behind
+`importance.measure`, from which every aggregation can be read (`all`). A ratio is that of the medians; `cpu_ratio` is
+the same of the processor time that the process used, which other processes on the machine disturb less.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ SHAPES = {
     "moe": StepShape(model_dim=512, head_dim=64, mlp_dim=384, vocab_size=1024, experts=16, experts_per_token=4),
 }
 
+RATIOS = ("ratio", "cpu_ratio")
+
 
 def passes(shape: StepShape) -> dict[str, Callable[[], Any]]:
     """The functions to time, by name; each returns the arrays that it computes."""
@@ -41,10 +43,12 @@ def passes(shape: StepShape) -> dict[str, Callable[[], Any]]:
     def forward(params: Any, *arguments: Any) -> jax.Array:
         return models.forward(params, config, *arguments, runtime=runtime).hidden_BTD
 
-    def collect(blocks: bool) -> Callable[[], Any]:
-        return lambda: importance.batch_sums(params, *arguments, config=config, runtime=runtime, blocks=blocks)
+    def collect(sequence: str | None, blocks: bool = False) -> Callable[[], Any]:
+        options = {"config": config, "runtime": runtime, "sequence": sequence, "blocks": blocks}
+        return lambda: importance.batch_sums(params, *arguments, **options)
 
-    return {"forward": lambda: forward(params, *arguments), "collect": collect(False), "blocks": collect(True)}
+    measuring = {"collect": collect("mean"), "blocks": collect("mean", blocks=True), "all": collect(None)}
+    return {"forward": lambda: forward(params, *arguments), **measuring}
 
 
 def measure(model: str, seconds: float) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def measure(model: str, seconds: float) -> dict[str, Any]:
     row: dict[str, Any] = {"model": model, "rounds": len(wall["forward"])}
     for name in functions:
         row[f"{name}_seconds"] = round(statistics.median(wall[name]), 4)
-    for name in ("collect", "blocks"):
+    for name in ("collect", "blocks", "all"):
         row[f"{name}_ratio"] = round(statistics.median(wall[name]) / statistics.median(wall["forward"]), 3)
         row[f"{name}_cpu_ratio"] = round(statistics.median(used[name]) / statistics.median(used["forward"]), 3)
     return row
@@ -78,13 +82,13 @@ def main() -> None:
     parser.add_argument("--models", default=",".join(SHAPES), help="which of " + ", ".join(SHAPES))
     flags = parser.parse_args()
     rows = []
-    heads = ("forward s", "collect s", "ratio", "cpu ratio", "+blocks s", "ratio", "cpu ratio", "rounds")
-    print(f"{'model':6s}" + "".join(f"{head:>11s}" for head in heads))
+    columns = ["forward_seconds", *(f"{name}_{kind}" for name in ("collect", "blocks", "all") for kind in RATIOS)]
+    heads = [column.replace("_", " ") for column in columns]
+    print(f"{'model':6s}" + "".join(f"  {head}" for head in heads) + "  rounds")
     for model in flags.models.split(","):
         rows.append(row := measure(model, flags.seconds))
-        columns = ("forward_seconds", "collect_seconds", "collect_ratio", "collect_cpu_ratio", "blocks_seconds",
-                   "blocks_ratio", "blocks_cpu_ratio", "rounds")  # fmt: skip
-        print(f"{model:6s}" + "".join(f"{row[column]:11.4g}" for column in columns), flush=True)
+        cells = "".join(f"  {row[column]:{len(column)}.4g}" for column in columns)
+        print(f"{model:6s}{cells}  {row['rounds']:6d}", flush=True)
     if flags.json:
         with open(flags.json, "w") as file:
             json.dump(rows, file, indent=1)

@@ -46,6 +46,9 @@ class Moments:
           sequences: how many sequences were summed.
         """
         kind, inner = Aggregation.parse(batch, "batch"), Aggregation.parse(sequence, "sequence")
+        if inner not in self.first:
+            remedy = f"it has {', '.join(self.first)}; measure with sequence=None for all"
+            raise UserError(f"{inner.value!r} was not measured", where="prune.importance.sequence", remedy=remedy)
         first, second = self.first[inner], self.second[inner]
         if kind is Aggregation.L2:
             return np.sqrt(second)

@@ -51,8 +51,10 @@ def collect(
     Raises:
       UserError: no batch, a batch without a field, an unknown aggregation, parameters of another model.
     """
-    Aggregation.parse(batch, "batch"), Aggregation.parse(sequence, "sequence")
-    return measure(params, config, batches, blocks=blocks, runtime=runtime).scores(batch, sequence, weight_aware)
+    Aggregation.parse(batch, "batch")
+    inner = Aggregation.parse(sequence, "sequence")
+    measured = measure(params, config, batches, sequence=inner, blocks=blocks, runtime=runtime)
+    return measured.scores(batch, sequence, weight_aware)
 
 
 def measure(
@@ -60,12 +62,18 @@ def measure(
     config: models.ModelConfig,
     batches: Iterable[Batch],
     *,
+    sequence: str | None = None,
     blocks: bool = False,
     runtime: models.Runtime | None = None,
 ) -> Measurements:
-    """The pass behind `collect`; call it directly to compare aggregations. Arguments and errors as there."""
+    """The pass behind `collect`; call it directly to compare aggregations. Arguments and errors as there.
+
+    `sequence` None keeps all three reductions inside a sequence, so that any aggregation can be read; one of them alone
+    is cheaper, and the others cannot be read then.
+    """
     models.check(params, config)
-    options = {"config": config, "runtime": runtime or models.Runtime(), "blocks": blocks}
+    inner = None if sequence is None else Aggregation.parse(sequence, "sequence")
+    options = {"config": config, "runtime": runtime or models.Runtime(), "sequence": inner, "blocks": blocks}
     total: Any = None
     running: Any = None  # the latest batch's sums, added up while the device works on the next one
     for number, one in enumerate(batches):
@@ -87,11 +95,14 @@ def measure(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "runtime", "blocks"))
+@functools.partial(jax.jit, static_argnames=("config", "runtime", "sequence", "blocks"))
 def batch_sums(
-    params: models.Params, inputs_BT, positions_BT, segments_BT, *, config, runtime, blocks=False
+    params: models.Params, inputs_BT, positions_BT, segments_BT, *, config, runtime, sequence=None, blocks=False
 ) -> dict[str, Any]:
-    """One batch's sums over sequences and over tokens, float32; no activation leaves the device."""
+    """One batch's sums over sequences and over tokens, float32; no activation leaves the device.
+
+    With `sequence`, the other reductions are not returned, and XLA drops their computation, out of the scan too.
+    """
     arguments = (params, config, inputs_BT, positions_BT, segments_BT)
     output = models.forward(*arguments, runtime=runtime, statistics=True, collect_layers=blocks)
     layers, final = output.statistics["layers"], output.statistics["final_norm"]
@@ -111,6 +122,10 @@ def batch_sums(
         units["shared_neurons"] = layers["moe"]["shared"]["neurons"]
     if blocks and output.layers_LBTD is not None:
         result["blocks"] = block_influence(output.embedded_BTD, output.layers_LBTD, segments_BT > 0)
+    if sequence is not None:
+        units = {
+            name: {order: {sequence: sums[sequence]} for order, sums in pair.items()} for name, pair in units.items()
+        }
     return {**result, "moments": units}
 
 

@@ -89,6 +89,14 @@ def test_groups_of_other_layouts(changes):
         assert reference.relative(getattr(scores, field), values) < TOLERANCE, name
 
 
+@pytest.mark.parametrize("sequence", ["mean", "var"])
+def test_one_reduction_alone_is_the_same(params, batches, measured, sequence):
+    alone = importance.measure(params, CONFIG, batches, sequence=sequence)
+    same(alone.scores("mean", sequence), measured.scores("mean", sequence).replace(blocks_LL=None))
+    with pytest.raises(UserError, match=r"prune\.importance\.sequence: 'l2' was not measured; it has "):
+        alone.scores("mean", "l2")
+
+
 def test_weight_aware(measured, params):
     plain, aware = measured.scores(), measured.scores(weight_aware=True)
     row_LF = np.linalg.norm(models.flatten(reference.float64(params))["layers/mlp/down"], axis=-1)
