@@ -4,6 +4,7 @@ sum_g F_g(x) = F(x) for any partition, because a SwiGLU MLP is a sum over its ne
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,6 @@ def _whole_along(array: jax.Array, axis: int) -> jax.Array:
     others = [place for place, size in enumerate(array.shape) if place != axis and size % parts == 0]
     if not others or not axes:
         return array
-    spec = [None] * array.ndim
+    spec: list[Any] = [None] * array.ndim
     spec[max(others, key=lambda place: array.shape[place])] = tuple(axes)
     return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))
