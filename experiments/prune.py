@@ -8,9 +8,7 @@ With a budget the target is searched for instead of read from the config, as in 
 import itertools
 from typing import Any
 
-import jax
-
-from experiments import moments, prune_search, streamed
+from experiments import prune_search, transformed
 from experiments.command import main
 from experiments.contract import Context, Stage, check_arguments, previous_checkpoint
 from experiments.training_stage import (
@@ -54,7 +52,9 @@ def run(context: Context) -> dict[str, Any]:
         target, found = _search(context, prune_search.Teacher(params, config, scores), corpus, calibration, mesh)
     record = transforms.prune.plan(config, scores, target, **options)
     student_config = models.ModelConfig.from_dict(record["config_after"])
-    student = _write(context, params, config, meta, record, mesh)
+    source = section["init_from"] or previous_checkpoint(context)
+    described = transformed.describe(context, meta, record, **{"from": source})
+    student = transformed.save(context, transforms.prune, params, config, record, described, mesh)
     summary = {
         "params_before": models.count(config),
         "params_after": models.count(student_config),
@@ -70,31 +70,6 @@ def run(context: Context) -> dict[str, Any]:
     before = training.HeldOutLoss(config, held_out, mesh, runtime_of(context))(params)
     after = training.HeldOutLoss(student_config, held_out, mesh, runtime_of(context))(student)
     return {**summary, "valid_loss_before": before["valid_loss"], "valid_loss_after": after["valid_loss"]}
-
-
-def _write(
-    context: Context, params: Any, config: models.ModelConfig, meta: dict[str, Any], record: dict[str, Any], mesh: Any
-) -> Any:
-    """The student's checkpoint, and its parameters where they are in memory."""
-    student_config = models.ModelConfig.from_dict(record["config_after"])
-    source = {"from": context.section["init_from"] or previous_checkpoint(context), "record": record}
-    meta = {
-        "model": record["config_after"],
-        "tokenizer": meta["tokenizer"],
-        "lineage": [*meta["lineage"], {"stage": "prune", "identity": context.identity, **source}],
-        "identity": context.identity,
-        **moments.data_position(meta),
-    }
-    if context.section["streamed"]:
-        streamed.write(context, transforms.prune, record, meta)
-        abstract = training.abstract_params(student_config, mesh)
-        return checkpoints.read_params(context.folder, abstract) if context.section["verify"] else None
-    student, _ = transforms.prune.replay(params, config, record)
-    student = jax.device_put(student, training.param_shardings(student_config, mesh))
-    store = checkpoints.CheckpointStore(context.folder / "checkpoints")
-    store.save(0, student, meta)
-    store.close()
-    return student
 
 
 def _batches(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any) -> Any:

@@ -6,9 +6,7 @@ python -m experiments.upcycle --config=configs/demo.py --workdir=runs/demo
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
-from experiments import moments, streamed
+from experiments import moments, transformed
 from experiments.command import main
 from experiments.contract import Context, Stage, check_arguments, previous_checkpoint
 from experiments.training_stage import (
@@ -41,9 +39,10 @@ def run(context: Context) -> dict[str, Any]:
     dense = read_model(context, "init_from", mesh)[0] if compare or needs(section) else None
     measured = measure(context, dense, config, mesh, corpus)
     record = transforms.upcycle.plan(config, seed=context.seed, **measured, **arguments)
-    moe = _write(context, dense, config, meta, record, mesh)
+    described = transformed.describe(context, meta, record)
+    moe = transformed.save(context, transforms.upcycle, dense, config, record, described, mesh)
     if section["optimizer_state"]:
-        moments.upcycle(context, record, _meta(context, meta, record))
+        moments.upcycle(context, record, described)
     summary = {
         "params_total": record["params_total"],
         "params_active": record["params_active"],
@@ -63,34 +62,6 @@ def run(context: Context) -> dict[str, Any]:
     files.write_json(context.folder / "verify.json", report.to_dict())
     numbers = {key: value for key, value in report.to_dict().items() if isinstance(value, int | float)}
     return {**summary, **numbers}
-
-
-def _write(
-    context: Context, dense: Any, config: models.ModelConfig, meta: dict[str, Any], record: dict[str, Any], mesh: Any
-) -> Any:
-    """The mixture's checkpoint, and its parameters where they are in memory."""
-    moe_config, meta = models.ModelConfig.from_dict(record["config_after"]), _meta(context, meta, record)
-    if context.section["streamed"]:
-        streamed.write(context, transforms.upcycle, record, meta)
-        abstract = training.abstract_params(moe_config, mesh)
-        return checkpoints.read_params(context.folder, abstract) if context.section["verify"] else None
-    moe, _ = transforms.upcycle.replay(dense, config, record)
-    moe = jax.device_put(moe, training.param_shardings(moe_config, mesh))
-    store = checkpoints.CheckpointStore(context.folder / "checkpoints")
-    store.save(0, moe, meta)
-    store.close()
-    return moe
-
-
-def _meta(context: Context, meta: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """The description of the mixture's checkpoint."""
-    return {
-        "model": record["config_after"],
-        "tokenizer": meta["tokenizer"],
-        "lineage": [*meta["lineage"], {"stage": "upcycle", "identity": context.identity, "record": record}],
-        "identity": context.identity,
-        **moments.data_position(meta),
-    }
 
 
 def needs(section: dict[str, Any]) -> set[str]:

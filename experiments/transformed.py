@@ -1,0 +1,61 @@
+"""What a transform's stage leaves: a checkpoint written from memory, or streamed from checkpoint to checkpoint."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from experiments import moments
+from experiments.contract import Context
+from kwaicoder_jax import checkpoints, models, training
+from kwaicoder_jax.transforms import parameterwise, streaming
+from kwaicoder_jax.transforms.parameterwise import Record, Transform
+
+MEGABYTE = 1_000_000
+
+
+def describe(context: Context, meta: dict[str, Any], record: Record, **more: Any) -> dict[str, Any]:
+    """The description of the new checkpoint, from that of its source."""
+    entry = {"stage": context.stage.name, "identity": context.identity, **more, "record": record}
+    return {
+        "model": record["config_after"],
+        "tokenizer": meta["tokenizer"],
+        "lineage": [*meta["lineage"], entry],
+        "identity": context.identity,
+        **moments.data_position(meta),
+    }
+
+
+def save(
+    context: Context, transform: Transform, params: Any, config: models.ModelConfig, record: Record,
+    meta: dict[str, Any], mesh: Any,
+) -> Any:  # fmt: skip
+    """Writes the stage's checkpoint as its config says; returns the new parameters, or None if nobody compares them."""
+    shardings = training.param_shardings(parameterwise.configs(record)[1], mesh)
+    if not context.section["streamed"]:
+        result = jax.device_put(parameterwise.replay(transform, params, config, record), shardings)
+        store = checkpoints.CheckpointStore(context.folder / "checkpoints")
+        store.save(0, result, meta)
+        store.close()
+        return result
+    _stream(context, transform, record, meta)
+    if not context.section["verify"]:
+        return None
+    return checkpoints.read_params(context.folder, training.abstract_params(parameterwise.configs(record)[1], mesh))
+
+
+def _stream(context: Context, transform: Transform, record: Record, meta: dict[str, Any]) -> None:
+    """From the checkpoint of `init_from`, with a progress bar; goes on where a killed run was."""
+    with contextlib.ExitStack() as stack:
+        update: Callable[..., None] | None = None
+
+        def show(done: int, total: int) -> None:
+            nonlocal update
+            if update is None:
+                update = stack.enter_context(context.display.progress(-(-total // MEGABYTE), "MB"))
+            update(-(-done // MEGABYTE))
+
+        streaming.run(
+            transform, context.inputs["init_from"], context.folder / "checkpoints", record, meta=meta, on_progress=show
+        )
