@@ -247,17 +247,19 @@ def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
     aside, fresh = folder.parent / f".{folder.name}.replaced", restart or _is_untouched(folder)
     if restart and folder.exists():
         with _only_process(folder):
-            if aside.exists():
-                aside.rmtree()
-            folder.rename(aside)
+            if aside.exists():  # restarted before, and not finished since: what stands aside is the finished one
+                folder.rmtree()
+            else:
+                folder.rename(aside)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError as error:
         raise UserError("cannot be made here", where=str(folder), remedy="choose another --workdir") from error
     try:
         yield
-    except UserError:
-        if fresh and not _has_checkpoint(folder):
+    except UserError as error:
+        # A full disk is no bad input: what was written stays, and the same command goes on from there.
+        if fresh and not _has_checkpoint(folder) and not isinstance(error.__cause__, OSError):
             folder.rmtree()
             if aside.exists():
                 aside.rename(folder)
@@ -268,7 +270,7 @@ def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
 
 def _has_checkpoint(folder: Any) -> bool:
     place = folder / "checkpoints"
-    return place.exists() and any(step.name.isdigit() for step in place.iterdir())
+    return place.exists() and any(place.iterdir())  # a partial one too
 
 
 @contextlib.contextmanager

@@ -10,14 +10,15 @@ from experiments import moments
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import Run, build, check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, train
-from kwaicoder_jax import models, training, transforms
+from kwaicoder_jax import checkpoints, models, training, transforms
 from kwaicoder_jax.errors import UserError
 
 
 def run(context: Context) -> dict[str, Any]:
     """Writes cpt/checkpoints."""
     mesh, corpus = mesh_of(context), corpus_of(context)
-    params, config, meta = read_model(context, "init_from", mesh)
+    meta = checkpoints.read_meta(context.inputs["init_from"])
+    config = models.ModelConfig.from_dict(meta["model"])
     check_tokenizer(context, "init_from", meta, corpus)
     balance = build(training.BalanceConfig, context.section["balance"], "cpt.balance")
     runtime = runtime_of(context)
@@ -30,7 +31,7 @@ def run(context: Context) -> dict[str, Any]:
         folder=context.folder,
         model=config,
         abstract={"model": training.abstract_params(config, mesh)},
-        load=lambda: {"model": params},
+        load=lambda: {"model": read_model(context, "init_from", mesh)[0]},  # nothing keeps a second copy
         loss=loss,
         frozen={},
         flops_per_token=functools.partial(models.train_flops_per_token, config),

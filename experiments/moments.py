@@ -15,15 +15,21 @@ _PLACES = ("opt_state/1/mu/model/", "opt_state/1/nu/model/")  # behind clipping,
 _COUNT = "opt_state/1/count"
 
 
-def upcycle(context: Context, record: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Writes upcycle/moments from the optimizer state of `upcycle.init_from`, a layer of a parameter at a time."""
+def check(context: Context) -> checkpoints.Tensors:
+    """The optimizer state of `upcycle.init_from`; UserError if it has none, or for a choice that there is not."""
+    optimizer_state.SecondMoment.parse(context.section["second_moment"])
     try:
-        stored = checkpoints.open_tensors(context.inputs["init_from"], "train")
+        return checkpoints.open_tensors(context.inputs["init_from"], "train")
     except UserError as error:
         raise UserError(
             "its source has no optimizer state", where="upcycle.optimizer_state",
             remedy="start from a stage that trains, or set it to False",
         ) from error  # fmt: skip
+
+
+def upcycle(context: Context, record: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Writes upcycle/moments from the optimizer state of `upcycle.init_from`, a layer of a parameter at a time."""
+    stored = check(context)
     meta = {**meta, "adam_count": int(stored[_COUNT].read())}
     choice = context.section["second_moment"]
     for order, (folder, place) in enumerate(zip(FOLDERS, _PLACES)):

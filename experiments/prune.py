@@ -13,10 +13,11 @@ from experiments.command import main
 from experiments.contract import Context, Stage, check_arguments, previous_checkpoint
 from experiments.training_stage import (
     build,
+    calibration_of,
+    calibration_phase,
     check_tokenizer,
     corpus_of,
     mesh_of,
-    phases_of,
     read_model,
     runtime_of,
     validation_of,
@@ -38,18 +39,18 @@ def run(context: Context) -> dict[str, Any]:
     searching = prune_search.wanted(context)
     target = transforms.Target() if searching else build(transforms.Target, section["target"], "prune.target")
     target.resolve(config)  # a target that cannot be reached is an error before the work begins
-    calibration = phases_of({**section, "phases": {"calibration": section["calibration"]}}, "prune").data
+    phase = calibration_phase(context)
     if searching:
         prune_search.rules(context)
 
     compare = not section["streamed"] or section["verify"]
     in_memory = compare or searching or not section["scores"]
     params = read_model(context, "init_from", mesh)[0] if in_memory else None
-    scores = _scores(context, params, config, corpus, calibration, mesh)
+    scores = _scores(context, params, config, corpus, mesh)
     options = {name: section[name] for name in OPTIONS}
     found: dict[str, Any] = {}
     if searching:
-        target, found = _search(context, prune_search.Teacher(params, config, scores), corpus, calibration, mesh)
+        target, found = _search(context, prune_search.Teacher(params, config, scores), corpus, phase, mesh)
     record = transforms.prune.plan(config, scores, target, **options)
     student_config = models.ModelConfig.from_dict(record["config_after"])
     source = section["init_from"] or previous_checkpoint(context)
@@ -72,19 +73,11 @@ def run(context: Context) -> dict[str, Any]:
     return {**summary, "valid_loss_before": before["valid_loss"], "valid_loss_after": after["valid_loss"]}
 
 
-def _batches(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any) -> Any:
-    """The calibration batches, anew."""
-    streams = context.config["loader"]["streams"]
-    loader = data.TrainingLoader(corpus, phases, seed=context.seed, streams=streams)
-    return (training.shard_batch(batch, mesh) for batch in loader)
-
-
 def _scores(
     context: Context,
     params: Any,
     config: models.ModelConfig,
     corpus: data.Corpus,
-    phases: list[data.PhaseSpec],
     mesh: Any,
 ) -> transforms.Scores:
     """Importance: as `prune.scores` has it, from prune/scores.npz where an interrupted run left it, or measured."""
@@ -96,12 +89,12 @@ def _scores(
     check_arguments(transforms.importance.collect, context.section["importance"], "prune.importance", GIVEN)
     runtime, by = runtime_of(context), context.section["layer_scores"]
     scores = transforms.importance.collect(
-        params, config, _batches(context, corpus, phases, mesh), runtime=runtime, blocks=by == LayerScores.BLOCK,
+        params, config, calibration_of(context, corpus, mesh), runtime=runtime, blocks=by == LayerScores.BLOCK,
         **context.section["importance"],
     )  # fmt: skip
     if by == LayerScores.LEAVE_ONE_OUT:
         found = transforms.importance.leave_one_out(
-            params, config, _batches(context, corpus, phases, mesh), runtime=runtime
+            params, config, calibration_of(context, corpus, mesh), runtime=runtime
         )
         scores = scores.replace(leave_one_out_L=found.increase_L)
     scores.save(place)
@@ -109,13 +102,13 @@ def _scores(
 
 
 def _search(
-    context: Context, teacher: prune_search.Teacher, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any
+    context: Context, teacher: prune_search.Teacher, corpus: data.Corpus, phase: data.PhaseSpec, mesh: Any
 ) -> tuple[transforms.Target, dict[str, Any]]:
     """The target of the shape that was found, and what the summary says of the search."""
     section = context.section["search"]
-    batches = list(itertools.islice(_batches(context, corpus, phases, mesh), section["batches"]))
+    batches = list(itertools.islice(calibration_of(context, corpus, mesh), section["batches"]))
     options = {name: context.section[name] for name in OPTIONS}
-    distil = prune_search.short_distillation(context, teacher, corpus, phases[0], mesh)
+    distil = prune_search.short_distillation(context, teacher, corpus, phase, mesh)
     result = prune_search.run(context, teacher, batches, options, distil)
     return transforms.Target(**result.best.sizes), {
         "search_shapes": result.shapes,

@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.contract import Context
+from experiments.contract import Context, Section
 from experiments.stopping import Stopped
 from kwaicoder_jax import checkpoints, data, files, models, training
 from kwaicoder_jax.errors import UserError
@@ -48,6 +48,27 @@ def runtime_of(context: Context) -> models.Runtime:
 def corpus_of(context: Context) -> data.Corpus:
     """The corpus that prepare_data left in this work folder."""
     return data.Corpus.open(context.inputs["corpus"] / "corpus")
+
+
+def loader_of(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec]) -> data.TrainingLoader:
+    """This process's share of the batches of some phases, from their start."""
+    return data.TrainingLoader(
+        corpus, phases, seed=context.seed, streams=context.config["loader"]["streams"],
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+
+
+def calibration_phase(context: Context) -> data.PhaseSpec:
+    """The `steps` batches of a transform's phase `calibration`."""
+    name = context.stage.name
+    section = Section({**context.section, "phases": {"calibration": context.section["calibration"]}}, name)
+    return phases_of(section, name).data[0]
+
+
+def calibration_of(context: Context, corpus: data.Corpus, mesh: Any) -> Iterator[dict[str, jax.Array]]:
+    """Those batches, anew, on the mesh."""
+    loader = loader_of(context, corpus, [calibration_phase(context)])
+    return (training.shard_batch(batch, mesh) for batch in loader)
 
 
 def validation_of(context: Context, corpus: data.Corpus) -> dict[str, list[data.Batch]]:
@@ -181,9 +202,7 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
     shardings = training.state_shardings(run.abstract, optimizer, run.model, mesh)
     make_state = functools.partial(training.make_state, optimizer=optimizer)
     initial = jax.jit(make_state, out_shardings=shardings)
-    streams = context.config["loader"]["streams"]
-    batches = data.TrainingLoader(corpus, phases.data, seed=context.seed, streams=streams,
-                                 process_index=jax.process_index(), process_count=jax.process_count())  # fmt: skip
+    batches = loader_of(context, corpus, phases.data)
     if run.data_position is not None:
         batches.go_on_from(run.data_position)
     intervals = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}

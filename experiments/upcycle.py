@@ -10,20 +10,21 @@ from experiments import moments, transformed
 from experiments.command import main
 from experiments.contract import Context, Stage, check_arguments, previous_checkpoint
 from experiments.training_stage import (
+    calibration_of,
     check_tokenizer,
     corpus_of,
     mesh_of,
-    phases_of,
     read_model,
     runtime_of,
     validation_of,
 )
-from kwaicoder_jax import checkpoints, data, files, models, training, transforms
+from kwaicoder_jax import checkpoints, files, models, training, transforms
 
 # The other fields of the section are arguments of upcycle.plan.
 OWN_FIELDS = (
     "init_from", "seed", "steps", "calibration", "coactivation", "streamed", "verify", "optimizer_state", "second_moment",
 )  # fmt: skip
+COLLECTED = ("params", "config", "batches", "runtime", "seed")  # what coactivation.collect is given here
 GIVEN = ("config", "seed", "scores", "mlp_inputs")
 
 
@@ -34,11 +35,18 @@ def run(context: Context) -> dict[str, Any]:
     check_arguments(transforms.upcycle.plan, arguments, "upcycle", GIVEN)
     meta = checkpoints.read_meta(context.inputs["init_from"])
     check_tokenizer(context, "init_from", meta, corpus)
+    if section["optimizer_state"]:
+        moments.check(context)
     config = models.ModelConfig.from_dict(meta["model"])
     compare = not section["streamed"] or section["verify"]
     dense = read_model(context, "init_from", mesh)[0] if compare or needs(section) else None
-    measured = measure(context, dense, config, mesh, corpus)
-    record = transforms.upcycle.plan(config, seed=context.seed, **measured, **arguments)
+    place = context.folder / "record.json"  # of an interrupted run: measured anew it might differ in the last bit
+    if not place.exists():
+        measured = measure(context, dense, config, mesh, corpus)
+        files.write_json(place, transforms.upcycle.plan(config, seed=context.seed, **measured, **arguments))
+    record = files.read_json(place)
+    for reason in record["lossy_because"]:
+        context.display.line(f"lossy: {reason}")
     described = transformed.describe(context, meta, record)
     moe = transformed.save(context, transforms.upcycle, dense, config, record, described, mesh)
     if section["optimizer_state"]:
@@ -58,7 +66,7 @@ def run(context: Context) -> dict[str, Any]:
         dense, config, moe, moe_config, batches, runtime=runtime_of(context), per_layer=True,
         granularity=record["granularity"],
     )  # fmt: skip
-    show(context, record, report)
+    show(context, report)
     files.write_json(context.folder / "verify.json", report.to_dict())
     numbers = {key: value for key, value in report.to_dict().items() if isinstance(value, int | float)}
     return {**summary, **numbers}
@@ -79,10 +87,7 @@ def measure(context: Context, dense: Any, config: models.ModelConfig, mesh: Any,
     section, runtime = context.section, runtime_of(context)
 
     def batches() -> Iterator[Any]:
-        phases = phases_of({**section, "phases": {"calibration": section["calibration"]}}, "upcycle")
-        streams = context.config["loader"]["streams"]
-        loader = data.TrainingLoader(corpus, phases.data, seed=context.seed, streams=streams)
-        return (training.shard_batch(batch, mesh) for batch in loader)
+        return calibration_of(context, corpus, mesh)
 
     measured: dict[str, Any] = {}
     wanted = needs(section)
@@ -90,22 +95,23 @@ def measure(context: Context, dense: Any, config: models.ModelConfig, mesh: Any,
         measured["scores"] = transforms.importance.collect(dense, config, batches(), runtime=runtime)
     if "coactivation" in wanted:
         options = section["coactivation"]
-        measured["coactivation"] = transforms.coactivation.collect(dense, config, batches(), runtime=runtime, **options)
+        check_arguments(transforms.coactivation.collect, options, "upcycle.coactivation", COLLECTED)
+        measured["coactivation"] = transforms.coactivation.collect(
+            dense, config, batches(), runtime=runtime, seed=context.seed, **options
+        )
     if "mlp_inputs" in wanted:
         measured["mlp_inputs"] = transforms.router_init.mlp_inputs(dense, config, batches(), runtime=runtime)
     return measured
 
 
-def show(context: Context, record: dict[str, Any], report: transforms.verify.Report) -> None:
-    """A small table of the check; of a lossy choice also why and by how much."""
+def show(context: Context, report: transforms.verify.Report) -> None:
+    """A small table of the check; of a lossy choice also by how much."""
     for line in report.table().splitlines():
         context.display.line(line)
     context.display.line(
         f"relative logit error {report.max_relative_logit_error:.1e}, KL {report.kl_dense_to_moe:.1e} nats, "
         f"loss {report.valid_loss_dense:.4f} -> {report.valid_loss_moe:.4f}, jump {report.loss_jump:+.4f}"
     )
-    for reason in record["lossy_because"]:
-        context.display.line(f"lossy: {reason}")
 
 
 def inputs(context: Context) -> dict[str, str]:

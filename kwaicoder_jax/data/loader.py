@@ -74,6 +74,7 @@ class _StreamRows:
 
     def __init__(self, loader: "TrainingLoader", sources: Mapping[str, grain.MapDataset], stream: int):
         self._loader, self._sources, self._stream = loader, sources, stream
+        self._unused: dict[str, Any] = {}  # cursors of sources that an earlier run read and this one does not
         self._run, self._row = 0, 0
         self._enter(mixing.start_state(len(sources)))
 
@@ -108,20 +109,21 @@ class _StreamRows:
         return next(self._packer)
 
     def get_state(self) -> dict[str, Any]:
-        state = {"run": self._run, "row": self._row, "packer": self._packer.get_state()}
+        state = {"run": self._run, "row": self._row, "packer": self._packer.get_state(), "unused": self._unused}
         if self._run == len(self._loader.runs) - 1 and self._row == self._loader.runs[-1].rows:
             self._examples.set_state(state["packer"]["parent"])
-            state["after"] = dict(zip(self._sources, self._examples.carried_over()["cursors"]))
+            state["after"] = self._unused | dict(zip(self._sources, self._examples.carried_over()["cursors"]))
         return state
 
     def start_from(self, cursors: Mapping[str, Any]) -> None:
         """Begins where another run's stream ended; a source that it did not have begins at its first document."""
+        self._unused = {name: cursor for name, cursor in cursors.items() if name not in self._sources}
         start = mixing.start_state(len(self._sources))
         start["cursors"] = [cursors.get(name, cursor) for name, cursor in zip(self._sources, start["cursors"])]
         self._enter(start)
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        self._run, self._row = state["run"], state["row"]
+        self._run, self._row, self._unused = state["run"], state["row"], dict(state["unused"])
         self._enter(state["packer"]["parent"])
         self._packer.set_state(state["packer"])
 

@@ -37,7 +37,12 @@ def plan(ratio: float, replicas_dropped: int | Sequence[int] | None, *, replicas
             )
         chosen = list(range(replicas - replicas_dropped, replicas))
     else:
-        chosen = sorted(set(replicas_dropped)) if replicas_dropped else list(range(replicas))
+        chosen = list(range(replicas))
+        if replicas_dropped:
+            if not all(isinstance(r, int) for r in replicas_dropped):
+                what = f"{replicas_dropped!r} are no indices"
+                raise UserError(what, where="upcycle.drop_replicas", remedy=f"use indices 0 to {replicas - 1}")
+            chosen = sorted(set(replicas_dropped))
     if any(not 0 <= r < replicas for r in chosen):
         raise UserError(
             f"{chosen} of {replicas} replicas", where="upcycle.drop_replicas", remedy=f"use indices 0 to {replicas - 1}"

@@ -5,6 +5,8 @@ whole replicas, that sum is a constant c, A = 1/c arrives in full, and every neu
 2410.07524, section 3; Nakamura et al. 2025, arXiv 2502.19261, for what is given up by dropping neurons).
 """
 
+import math
+
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms.merge import ScalePlacement
@@ -19,7 +21,9 @@ def parse_router(router: str, routed_scale: float, router_bias: bool) -> models.
     except ValueError as error:
         choices = ", ".join(models.Router)
         raise UserError(f"no router {router!r}", where="upcycle.router", remedy=f"use {choices}") from error
-    if routed_scale <= 0 or (routed_scale != 1.0 and chosen is not models.Router.SIGMOID):
+    if not (math.isfinite(routed_scale) and routed_scale > 0) or (
+        routed_scale != 1.0 and chosen is not models.Router.SIGMOID
+    ):
         raise UserError(
             f"{routed_scale} does not go with router {chosen}", where="upcycle.routed_scale",
             remedy="it is positive, and 1 except for sigmoid",

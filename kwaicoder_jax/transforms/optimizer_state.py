@@ -28,6 +28,15 @@ class SecondMoment(enum.StrEnum):
     NOISE = "noise"  # v / (s^2 R k)
     BETWEEN = "between"  # the geometric mean of both
 
+    @classmethod
+    def parse(cls, name: str) -> "SecondMoment":
+        """The choice of that name, or a UserError."""
+        try:
+            return cls(name)
+        except ValueError as error:
+            remedy = f"use {', '.join(cls)}"
+            raise UserError(f"no choice {name!r}", where="upcycle.second_moment", remedy=remedy) from error
+
 
 class Moment:
     """One moment through upcycling, a parameter at a time: a `parameterwise.Transform` on the record of `upcycle`."""
@@ -43,12 +52,12 @@ class Moment:
 
     def parameter(self, record: Record, name: str, arrays: dict[str, Array], layer: int | None = None) -> Array:
         """See `parameterwise.Transform`: as the parameter itself, with its own factor; zeros where that is new."""
+        d = models.declarations(parameterwise.configs(record)[1])[name]
+        if not arrays:
+            return np.zeros(d.shape if layer is None else (1, *d.shape[1:]), np.float32)
         factors = {name: pair[self.order] for name, pair in moment_factors(record, self.second_moment).items()}
         same = {**record, "factors": factors, "drop": {**record["drop"], "replicas": []}}
         array = upcycle.parameter(same, name, arrays, layer)
-        if not arrays:
-            return np.zeros_like(array)
-        d = models.declarations(parameterwise.configs(record)[1])[name]
         if "expert_mlp" in d.axes and record["drop"]["replicas"]:
             return _without_dropped(array, d, record, layer or 0)
         return array
@@ -84,12 +93,7 @@ def upcycled(
 
 def moment_factors(record: Record, second_moment: str = SecondMoment.BETWEEN) -> dict[str, tuple[float, float]]:
     """By parameter that upcycling scaled or copied: the factors on m and on v."""
-    try:
-        chosen = SecondMoment(second_moment)
-    except ValueError as error:
-        raise UserError(
-            f"no choice {second_moment!r}", where="upcycle.second_moment", remedy=f"use {', '.join(SecondMoment)}"
-        ) from error
+    chosen = SecondMoment.parse(second_moment)
     declared = models.declarations(parameterwise.configs(record)[1])
     replicas, top = record["replicas"], record["experts_per_token"] / record["granularity"]
     noise = {SecondMoment.SIGNAL: 0.0, SecondMoment.NOISE: 1.0, SecondMoment.BETWEEN: 0.5}[chosen]
@@ -116,6 +120,8 @@ def pruned(
 ) -> tuple[models.Params, models.Params]:
     """The moments of a pruned model: those of the kept units; a norm that was multiplied by c has m / c and v / c^2.
 
+    A kept head that another one was merged into keeps its own: v of a difference is not a difference of v.
+
     Arguments and result as in `upcycled`; the record is of `prune.apply`.
     """
 
@@ -125,7 +131,9 @@ def pruned(
     results = []
     for power, moments in ((1, first), (2, second)):
         factors = {name: inverse(value, power) for name, value in record["norm_factors"].items()}
-        results.append(parameterwise.replay(prune, moments, config, {**record, "norm_factors": factors}))
+        results.append(
+            parameterwise.replay(prune, moments, config, {**record, "norm_factors": factors, "merged_heads": []})
+        )
     return results[0], results[1]
 
 

@@ -56,7 +56,7 @@ def parse(method: str, config: models.ModelConfig, replicas: int, inputs_LMD: np
 
 def columns(
     method: str, shape: tuple[int, ...], axes: tuple[str, ...], *, granularity: int, std: float, seed: int,
-    rows_LRD: np.ndarray | None = None,
+    rows_LRD: np.ndarray | None = None, layers: slice = slice(None),
 ) -> np.ndarray:  # fmt: skip
     """The router parameter, float32: every replica's row copied to its G experts, which get the same bits.
 
@@ -67,21 +67,30 @@ def columns(
       granularity: G.
       std: standard deviation of the entries, or length of a row over sqrt(D).
       seed: of the draw.
-      rows_LRD: from `centroid_rows`, for "centroids".
+      rows_LRD: of these layers, from `centroid_rows`, for "centroids".
+      layers: which layers to return.
     """
     place = axes.index("experts")
     drawn = (*shape[:place], shape[place] // granularity, *shape[place + 1 :])
     if method == RouterInit.ZEROS:
-        rows = np.zeros(drawn, np.float32)
+        rows = np.zeros(drawn, np.float32)[layers]
     elif method == RouterInit.CENTROIDS:
         assert rows_LRD is not None
         rows = np.swapaxes(np.asarray(rows_LRD, np.float32), 1, 2)
     else:
-        rows = np.random.default_rng(seed).standard_normal(drawn, dtype=np.float32) * np.float32(std)
+        rows = _normal(drawn, seed)[layers] * np.float32(std)
         if method == RouterInit.ORTHOGONAL:
             length = std * shape[axes.index("embed")] ** 0.5
             rows = (np.linalg.qr(rows.astype(np.float64))[0] * length).astype(np.float32)
     return np.repeat(rows, granularity, axis=place)
+
+
+@functools.lru_cache(maxsize=1)
+def _normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """All layers' normal rows; kept, since a streamed transform asks for one layer after the other."""
+    rows = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    rows.flags.writeable = False
+    return rows
 
 
 def centroid_rows(inputs_LMD: np.ndarray, replicas: int, *, std: float, seed: int) -> np.ndarray:

@@ -5,6 +5,7 @@ input if and only if that sum is a constant c and A = 1/c (virtual groups: He et
 """
 
 import inspect
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -120,7 +121,8 @@ def plan(
     used = exactness.experts_per_token(granularity, replicas, top_replicas, experts_per_token)
     neurons_LF = None
     if scores is not None:
-        assert scores.neurons_LF is not None, "scores of a mixture"
+        if scores.neurons_LF is None:
+            raise UserError("the scores are of a mixture", where="upcycle.scores", remedy="score the dense model")
         neurons_LF = _check_neurons(scores.neurons_LF, config, "scores")
     if coactivation is not None:
         _check_neurons(coactivation.fires_LF, config, "coactivation")
@@ -131,6 +133,10 @@ def plan(
         raise UserError("there is no shared expert to gate", where="upcycle.shared_gate", remedy="set shared_neurons")
     if shared_scale is None or shared_LS is None:
         shared_scale = 2.0 if shared_gate else 1.0
+    if not (math.isfinite(shared_scale) and shared_scale > 0):
+        raise UserError(f"{shared_scale} is no factor", where="upcycle.shared_scale", remedy="use more than 0")
+    if router_std is not None and not (math.isfinite(router_std) and router_std >= 0):
+        raise UserError(f"{router_std} is no spread", where="upcycle.router_std", remedy="use 0 or more")
     factor = merge.scale(
         chosen, granularity=granularity, replicas=replicas, experts_per_token=used, routed_scale=routed_scale
     )
@@ -207,15 +213,14 @@ def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | 
         return arrays[name]
     d, here = models.declarations(moe)[name], slice(None) if layer is None else slice(layer, layer + 1)
     if not arrays:
-        return _new(record, name, d)[here]
+        return _new(record, name, d, here)
     ((source, array),) = arrays.items()
     axes, factor = models.declarations(dense)[source].axes, record["factors"][name]
     if "shared_mlp" in d.axes:
         return merge.shared(array, axes.index("mlp"), np.asarray(record["shared"]["neurons"])[here], factor)
     order_RLP = record["partition"]["order"]
     if order_RLP is not None:
-        order_RLP = np.asarray(order_RLP)
-        order_RLP = order_RLP[:, here] if order_RLP.shape[1] > 1 else order_RLP
+        order_RLP = np.asarray([lists[here] if len(lists) > 1 else lists for lists in order_RLP])  # cut, then parsed
     merged = merge.experts(
         array, axes, d.axes, granularity=record["granularity"], replicas=record["replicas"], order_RLF=order_RLP,
         factor=factor,
@@ -226,14 +231,14 @@ def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | 
     )  # fmt: skip
 
 
-def _new(record: Record, name: str, d: models.Declaration) -> np.ndarray:
-    """A parameter that the dense model has no part in, all layers: router columns, or zeros."""
+def _new(record: Record, name: str, d: models.Declaration, here: slice) -> np.ndarray:
+    """A parameter that the dense model has no part in, some layers of it: router columns, or zeros."""
     if "embed" not in d.axes or d.axes[-1] != "experts":
-        return np.zeros(d.shape, np.float32)
+        return np.zeros((len(range(*here.indices(d.shape[0]))), *d.shape[1:]), np.float32)
     rows = record["router_rows"]
     return router_init.columns(
         record["router_init"], d.shape, d.axes, granularity=record["granularity"], std=record["router_std"],
-        seed=record["seed"], rows_LRD=None if rows is None else np.asarray(rows, np.float32),
+        seed=record["seed"], rows_LRD=None if rows is None else np.asarray(rows[here], np.float32), layers=here,
     )  # fmt: skip
 
 
