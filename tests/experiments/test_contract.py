@@ -85,6 +85,33 @@ def test_a_restart_with_bad_input_keeps_what_was_finished(tmp_path):
     assert contract.run(context(tmp_path)) == first
 
 
+def test_a_full_disk_keeps_what_was_written(tmp_path):
+    def full(context):
+        (context.folder / "part").write_text("part")
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise UserError("no room", remedy="make room") from error
+
+    stopped = context(tmp_path)
+    stopped.stage = contract.Stage("one", full)
+    with pytest.raises(UserError, match="no room"):
+        contract.run(stopped)
+    assert (tmp_path / "one" / "part").exists()
+
+
+def test_restarts_that_were_killed_keep_the_last_finished_run_aside(tmp_path):
+    contract.run(context(tmp_path))
+    for _ in range(2):
+        killed = context(tmp_path)
+        killed.stage = contract.Stage("one", lambda context: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            contract.run(killed, restart=True)
+        assert (tmp_path / ".one.replaced" / "summary.json").exists()
+    assert contract.run(context(tmp_path))["answer"] == 42
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+
+
 def test_a_restart_leaves_a_running_stage_alone(tmp_path):
     def second(running):
         with pytest.raises(UserError, match="another process is running this stage"):

@@ -444,6 +444,20 @@ def test_a_second_run_goes_on_where_the_first_ended(corpus, undisturbed, first):
     assert rows_of(loader(corpus, PHASES[first:])) != rows_of(whole[one.steps :])
 
 
+def test_a_source_that_a_run_leaves_out_keeps_its_place(corpus):
+    one = loader(corpus, PHASES[1:2])
+    list(one)
+    two = loader(corpus, PHASES[:1])  # without "tiny"
+    two.go_on_from(one.get_state())
+    next(two)
+    resumed = loader(corpus, PHASES[:1])
+    resumed.set_state(json.loads(json.dumps(two.get_state())))
+    for run in (two, resumed):
+        list(run)
+        for number, stream in run.get_state()["streams"].items():
+            assert stream["after"]["tiny"] == one.get_state()["streams"][number]["after"]["tiny"]
+
+
 def test_a_run_that_goes_on_resumes_to_the_same(corpus):
     one = loader(corpus, PHASES[:1])
     list(one)

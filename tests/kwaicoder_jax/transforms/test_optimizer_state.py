@@ -138,6 +138,15 @@ def test_dropped_neurons_start_without_moments():
         np.testing.assert_array_equal(np.asarray(first[name]) == 0, redrawn)
 
 
+def test_a_merged_head_keeps_its_own_moments():
+    """2a - b of second moments could be negative."""
+    target, scores = prune.Target(heads=4), upcycling.scores_of()
+    _, _, record = prune.apply(PARAMS, CONFIG, scores, target, head_merge=True)
+    assert record["merged_heads"]
+    second = optimizer_state.pruned(squared(PARAMS), squared(PARAMS), CONFIG, record)[1]
+    assert all(np.all(np.asarray(x) >= 0) for x in jax.tree.leaves(second))
+
+
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
 def test_pruned_moments_are_those_of_the_kept_units(kind):
     scores = upcycling.scores_of()
