@@ -135,11 +135,11 @@ def _replicas(record: Record, name: str, arrays: dict[str, Array], layer: int | 
     axis = models.declarations(dense)[name].axes.index("mlp")
     here = slice(None) if layer is None else slice(layer, layer + 1)
     (routed,) = (n for n in arrays if "expert_mlp" in declared[n].axes)
-    parts = {n: _over(x, made["factors"][n]) for n, x in arrays.items()}
-    shared = [x for n, x in parts.items() if n != routed]
+    shared = [_over(x, made["factors"][n]) for n, x in arrays.items() if n != routed]
     result = []
     for replica in record["replicas"]:
-        joined = _join(parts[routed], declared[routed].axes, replica, made["granularity"])
+        joined = _join(arrays[routed], declared[routed].axes, replica, made["granularity"])
+        joined = _over(joined, made["factors"][routed])
         whole = namespace(joined).concatenate([joined, *shared], axis=axis) if shared else joined
         place = _places(made, replica, here)
         result.append(whole if place is None else take(whole, place, axis))

@@ -116,7 +116,7 @@ def test_no_checkpoint_is_a_user_error(tmp_path):
         checkpoints.open_tensors(tmp_path / "nowhere")
     save_whole(tmp_path, flat_values(np.float32))
     (tmp_path / "checkpoints/2/params/_METADATA").write_text("{")
-    with pytest.raises(UserError, match="holds no readable parameters"):
+    with pytest.raises(UserError, match="holds no readable params"):
         checkpoints.open_tensors(tmp_path)
 
 

@@ -96,7 +96,7 @@ def test_mse_does_not_depend_on_a_layer_s_scale():
 
 
 def test_unknown_loss_is_a_user_error():
-    with pytest.raises(UserError, match=r"distill.hidden_loss: no loss 'l1'; mse or cosine"):
+    with pytest.raises(UserError, match=r"loss.hidden_loss: no loss 'l1'; mse or cosine"):
         distillation.hidden_loss(*arrays(), "l1")
 
 

@@ -101,7 +101,7 @@ def test_samples_file(tmp_path):
     assert json.loads(lines[0]) == {"task_id": "b", "completion": "x\u2028y\n"}
     assert len(lines) == 4
     assert benchmarks.read_samples(tmp_path / "samples.jsonl") == samples
-    with pytest.raises(errors.UserError, match="no such file"):
+    with pytest.raises(errors.UserError, match="no file of samples"):
         benchmarks.read_samples(tmp_path / "other.jsonl")
     for text in ("{", "[]", '{"task_id": "a"}', '{"task_id": "a", "completion": 3}'):
         (tmp_path / "bad.jsonl").write_text('{"task_id": "a", "completion": ""}\n' + text)
