@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from kernels import grouped_matmul, routing
 from kwaicoder_jax.models import expert_statistics
-from kwaicoder_jax.models.config import ExpertsConfig, ModelConfig, Router, Runtime
+from kwaicoder_jax.models.config import ModelConfig, Runtime
 from kwaicoder_jax.models.expert_sharding import neuron_axis, on_each_shard, token_mesh
+from kwaicoder_jax.models.experts_config import ExpertsConfig, Router
 from kwaicoder_jax.models.layers import DenseMLP, declare, project
 from kwaicoder_jax.models.statistics import recording, store
 
