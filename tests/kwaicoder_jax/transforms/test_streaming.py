@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -122,21 +123,19 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(tmp_path, work):
     command = [sys.executable, "-m", "tests.kwaicoder_jax.transforms.stream_until_killed", str(source),
                str(tmp_path / "killed/checkpoints"), str(tmp_path / "record.json")]  # fmt: skip
     rng, written = random.Random(0), []
-    for attempt in range(6):
+    while not (tmp_path / "killed/checkpoints/0").exists():
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ}) as process:
             assert process.stdout
             lines = [process.stdout.readline().strip()]
-            if attempt < 5:
+            if len(written) < 5:  # it may still come to its end before the signal does
                 time.sleep(rng.uniform(0, 0.1))
                 process.kill()
             lines += process.stdout.read().split()
+        assert process.returncode in ((0, -signal.SIGKILL) if len(written) < 5 else (0,))
         written.append([line for line in lines if line and line.rsplit("/", 1)[1][0].isdigit()])
         finished = (tmp_path / "killed/checkpoints/0").exists()
         assert finished == checkpoints.is_complete(tmp_path / "killed/checkpoints", 0)
-        if finished:
-            break
-    assert len(written) > 2
-    assert process.returncode == 0
+    assert len(written) > 1
     chunks = [chunk for run in written for chunk in run]
     assert len(chunks) == len(set(chunks))  # what was written is not written again
     streaming.run(upcycle, source, tmp_path / "whole/checkpoints", record, meta=META)
