@@ -309,7 +309,8 @@ def _read(tensors: checkpoints.Tensors, layout: Layout, batch: _Batch) -> list[n
     array = array if batch.layer is None else array[0]
     rule = layout.rule(batch.ours)
     parts = list(array) if rule.each_expert else [array]
-    moved = [rule.to_theirs(part).astype(batch.dtype, copy=False) for part in parts]
+    with np.errstate(over="ignore"):  # it is an error below
+        moved = [rule.to_theirs(part).astype(batch.dtype, copy=False) for part in parts]
     if batch.dtype == np.float16 and not all(np.isfinite(part).all() for part in moved):
         raise UserError("holds a number beyond float16", where=batch.ours, remedy="use another dtype (--dtype)")
     return moved
