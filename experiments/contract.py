@@ -10,6 +10,7 @@ of the place, so a work folder can be moved.
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import hashlib
 import inspect
@@ -23,6 +24,8 @@ from experiments.display import Display
 from experiments.stopping import Stop
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # nobody's input is at fault: what was written is of use
 
 
 class Section(dict):
@@ -67,6 +70,7 @@ class Context:
       display: for progress.
       stop: whether the process was asked to stop.
       inputs: by role (as in "init_from"), the folder of each input.
+      own_files: those of `Stage.other_files` that lie in the stage's own folder, by their place in it.
       identity: of this run; goes into its checkpoints.
     """
 
@@ -76,6 +80,7 @@ class Context:
     display: Display
     stop: Stop
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    own_files: list[str] = dataclasses.field(default_factory=list)
     identity: str = ""
 
     @property
@@ -123,9 +128,11 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
         _compare(context, record)
         if summary_file.exists():
             summary = files.read_json(summary_file)
+            _remove_aside(folder)
             context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
             return summary
     with _put_aside(folder, restart), _only_process(folder):
+        _bring_along(context)
         files.write_json(folder / "stage.json", record)
         started, began = datetime.datetime.now(datetime.UTC), time.monotonic()
         _reset_peak()
@@ -152,7 +159,7 @@ def _record(context: Context) -> dict[str, Any]:
     for role, name in stage.inputs(context).items():
         context.inputs[role], identities[role] = _input(context, role, name)
     for field, place in stage.other_files(context).items():
-        identities[field] = _content(f"{stage.name}.{field}", place)
+        identities[field] = _content(context, f"{stage.name}.{field}", place)
     config = _plain(config)
     identity = files.digest({"stage": stage.name, "config": config, "inputs": identities})
     return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity}
@@ -176,11 +183,32 @@ def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
         raise UserError(error.what, where=where, remedy=error.remedy) from error
 
 
-def _content(where: str, place: str) -> str:
+def _content(context: Context, where: str, place: str) -> str:
+    """Digest of a file that a stage reads; one of an earlier run of the stage itself may stand aside by now."""
+    file = files.path(place)
+    inside = _inside(context.folder, file)
+    if inside is not None:
+        context.own_files.append(inside)
+        if not file.exists() and (replaced := _aside(context.folder) / inside).exists():
+            file = replaced
     try:
-        return hashlib.sha256(files.path(place).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except OSError as error:
         raise UserError(f"{place}: {error.strerror}", where=where, remedy="name a file that can be read") from error
+
+
+def _inside(folder: Any, file: Any) -> str | None:
+    """Where in `folder` the file lies, or None."""
+    outer, inner = (str(x) if "://" in str(x) else os.path.realpath(x) for x in (folder, file))
+    return inner[len(outer) + 1 :] if inner.startswith(f"{outer}/") else None
+
+
+def _bring_along(context: Context) -> None:
+    """Copies what the stage reads of its own earlier run out of the folder that was put aside."""
+    for inside in context.own_files:
+        target = context.folder / inside
+        if not target.exists():
+            files.write_bytes(target, (_aside(context.folder) / inside).read_bytes())
 
 
 def _compare(context: Context, record: dict[str, Any]) -> None:
@@ -244,12 +272,13 @@ def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
     With `restart` the old folder stands aside until the new one is finished; a stage that another process is running is
     left alone.
     """
-    aside, fresh = folder.parent / f".{folder.name}.replaced", restart or _is_untouched(folder)
+    aside, fresh = _aside(folder), restart or _is_untouched(folder)
     if restart and folder.exists():
         with _only_process(folder):
-            if aside.exists():  # restarted before, and not finished since: what stands aside is the finished one
+            if aside.exists() and not (folder / "summary.json").exists():  # restarted before, and not finished since
                 folder.rmtree()
             else:
+                _remove_aside(folder)
                 folder.rename(aside)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,19 +287,38 @@ def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        # A full disk is no bad input: what was written stays, and the same command goes on from there.
-        if fresh and not _has_checkpoint(folder) and not isinstance(error.__cause__, OSError):
+        if fresh and not _has_checkpoint(folder) and not _is_of_the_disk(error):
             folder.rmtree()
             if aside.exists():
                 aside.rename(folder)
         raise
-    if aside.exists():
-        aside.rmtree()
+    _remove_aside(folder)
+
+
+def _aside(folder: Any) -> Any:
+    """Where a stage folder stands while the stage is started over."""
+    return folder.parent / f".{folder.name}.replaced"
+
+
+def _remove_aside(folder: Any) -> None:
+    """Removes what a finished run replaces, or what a kill left of it; where nobody may write it stays."""
+    with contextlib.suppress(OSError):
+        if _aside(folder).exists():
+            _aside(folder).rmtree()
+
+
+def _is_of_the_disk(error: BaseException | None) -> bool:
+    """Whether a disk was full, say: no bad input, so the same command goes on from what was written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _has_checkpoint(folder: Any) -> bool:
     place = folder / "checkpoints"
-    return place.exists() and any(place.iterdir())  # a partial one too
+    return place.exists() and any(step.name.isdigit() for step in place.iterdir())
 
 
 @contextlib.contextmanager

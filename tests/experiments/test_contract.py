@@ -1,5 +1,6 @@
 """The contract's parts without a process: identities, flattened configs, phases, stopping."""
 
+import errno
 import signal
 
 import pytest
@@ -85,11 +86,12 @@ def test_a_restart_with_bad_input_keeps_what_was_finished(tmp_path):
     assert contract.run(context(tmp_path)) == first
 
 
-def test_a_full_disk_keeps_what_was_written(tmp_path):
+@pytest.mark.parametrize(("number", "kept"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.ENOENT, False)])
+def test_a_full_disk_keeps_what_was_written(tmp_path, number, kept):
     def full(context):
-        (context.folder / "part").write_text("part")
+        (context.folder / "checkpoints/.0.partial").mkdir(parents=True)
         try:
-            raise OSError(28, "No space left on device")
+            raise OSError(number, "No space left on device")
         except OSError as error:
             raise UserError("no room", remedy="make room") from error
 
@@ -97,7 +99,66 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
     stopped.stage = contract.Stage("one", full)
     with pytest.raises(UserError, match="no room"):
         contract.run(stopped)
-    assert (tmp_path / "one" / "part").exists()
+    assert (tmp_path / "one" / "checkpoints").exists() == kept
+
+
+def reader(tmp_path, work=None, **section):
+    """A stage that leaves a file, and reads the one that its config names."""
+
+    def run(context):
+        place = context.section.get("scores")
+        if work is not None:
+            work(context)
+        text = contract.files.path(place).read_text() if place else "measured"
+        (context.folder / "scores.npz").write_text(text)
+        return {"scores": text}
+
+    one = context(tmp_path, **section)
+    one.stage = contract.Stage("one", run, other_files=lambda c: {"scores": c.section["scores"]} if section else {})
+    return one
+
+
+def test_a_restart_can_read_a_file_of_the_run_that_it_replaces(tmp_path):
+    contract.run(reader(tmp_path))
+    own = {"scores": str(tmp_path / "one" / "scores.npz")}
+    with pytest.raises(ZeroDivisionError):
+        contract.run(reader(tmp_path, lambda context: 1 / 0, **own), restart=True)
+    (tmp_path / "one" / "scores.npz").unlink()  # as if the kill had come before the file was copied
+    again = contract.run(reader(tmp_path, **own))
+    assert again["scores"] == "measured"
+    assert contract.run(reader(tmp_path, **own)) == again  # finished: its input is still there
+    assert contract.run(reader(tmp_path, **own), restart=True)["scores"] == "measured"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+
+
+def test_a_restart_that_fails_restores_the_run_whose_file_it_reads(tmp_path):
+    first = contract.run(reader(tmp_path))
+
+    def broken(context):
+        try:
+            open(tmp_path / "nowhere")
+        except OSError as error:
+            raise UserError("not a file of scores") from error
+
+    with pytest.raises(UserError, match="not a file of scores"):
+        contract.run(reader(tmp_path, broken, scores=str(tmp_path / "one" / "scores.npz")), restart=True)
+    assert contract.run(reader(tmp_path)) == first
+
+
+def test_what_a_kill_left_of_the_replaced_run_is_not_taken_for_the_finished_one(tmp_path):
+    """The kill came after summary.json was written, while the old folder was being removed."""
+    first = contract.run(context(tmp_path))
+    aside = tmp_path / ".one.replaced"
+    aside.mkdir()
+    (aside / "junk").write_text("")
+    wrong = context(tmp_path, x=3)
+    wrong.stage = contract.Stage("one", failing)
+    with pytest.raises(UserError, match="bad"):
+        contract.run(wrong, restart=True)
+    assert contract.run(context(tmp_path)) == first
+    aside.mkdir()
+    assert contract.run(context(tmp_path)) == first
+    assert not aside.exists()
 
 
 def test_restarts_that_were_killed_keep_the_last_finished_run_aside(tmp_path):
