@@ -1,5 +1,6 @@
-"""Single tensors of a checkpoint, read when they are asked for: whole, or one layer."""
+"""Tensors of a checkpoint: single ones, read when they are asked for, whole or one layer; or all of them at once."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from etils import epath
 
 from kwaicoder_jax import files
 from kwaicoder_jax.checkpoints import layout
-from kwaicoder_jax.checkpoints.store import find, newest_step, read_meta
+from kwaicoder_jax.checkpoints.store import CheckpointStore, find, newest_step, on_device, read_meta
 from kwaicoder_jax.errors import UserError
 
 READ_BYTES = 128 * 2**20  # a longer slice is read in pieces of this size, since tensorstore holds each piece twice
@@ -176,6 +177,36 @@ def open_tensors(place: str | os.PathLike[str], item: str = "params") -> Tensors
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{place} holds no readable {item}: {str(error).splitlines()[0]}") from error
     return Tensors(tensors, files.digest({"step": step, "meta": read_meta(place)}))
+
+
+def read_params(place: str | os.PathLike[str], abstract: Any) -> Any:
+    """The parameters of the newest complete checkpoint, in the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      UserError: there is no checkpoint, one with other names or shapes, or one that cannot be read.
+    """
+    remedy = "copy it again, or run its stage again"
+    problem = _difference(open_tensors(place), abstract)  # first, since Orbax says it in many lines from many threads
+    if problem:
+        raise UserError(f"{place} does not fit its own model config: {problem}", remedy=remedy)
+    with contextlib.closing(CheckpointStore(find(place))) as store:
+        try:
+            return store.restore(newest_step(place), "params", on_device(abstract))
+        except Exception as error:  # whatever Orbax and TensorStore say of a file that is damaged
+            raise UserError(f"{place} is damaged: {str(error).splitlines()[0]}", remedy=remedy) from error
+
+
+def _difference(tensors: Tensors, abstract: Any) -> str:
+    """The first name or shape in which a checkpoint is not what is asked of it, or nothing."""
+    wanted = flax.traverse_util.flatten_dict(abstract, sep="/")
+    for name in sorted({*wanted, *tensors}):
+        if name not in tensors:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} is no parameter of that config"
+        if tensors[name].shape != tuple(wanted[name].shape):
+            return f"{name} has shape {tensors[name].shape}, the config says {tuple(wanted[name].shape)}"
+    return ""
 
 
 def _open(folder: epath.Path, name: str, ocdbt: bool, zarr3: bool, context: ts.Context) -> Tensor:
