@@ -13,19 +13,22 @@ import datetime
 import errno
 import fcntl
 import hashlib
-import inspect
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from experiments import fields, sections
 from experiments.display import Display
+from experiments.fields import Fields
 from experiments.stopping import Stop
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # nobody's input is at fault: what was written is of use
+
+CHECKPOINTS = ("init_from", "teacher")  # roles of inputs that have to have one
 
 
 class Section(dict):
@@ -50,6 +53,7 @@ class Stage:
       sections: config sections beside its own that change its result.
       inputs: names or paths of the stage folders that it reads, given the config.
       other_files: by config field, the paths of files that it reads beside them; their content counts.
+      fields: of its section; checked before anything is done.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Stage:
     sections: tuple[str, ...] = ()
     inputs: Callable[["Context"], Mapping[str, str]] = lambda context: {}
     other_files: Callable[["Context"], Mapping[str, str]] = lambda context: {}
+    fields: Fields | None = None
 
 
 @dataclasses.dataclass
@@ -96,7 +101,8 @@ class Context:
     @property
     def seed(self) -> int:
         """The stage's seed, or the recipe's."""
-        return self.section.get("seed", self.config.get("seed", 0))
+        own = self.section.get("seed")
+        return self.config.get("seed", 0) if own is None else own
 
 
 def previous_checkpoint(context: Context) -> str:
@@ -120,6 +126,7 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
     stage, folder = context.stage, context.folder
     if stage.name not in context.config:
         raise UserError(f"the config has no section {stage.name}", where="--config", remedy="add the section")
+    _check(context)
     context.display.stage(stage.name)
     record = _record(context)
     context.identity = record["identity"]
@@ -150,6 +157,17 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
     return summary
 
 
+def _check(context: Context) -> None:
+    """Types and ranges of what the stage reads of the config."""
+    stage, config = context.stage, context.config
+    recipe = {"seed": config.get("seed", 0), "stages": config.get("stages", ())}
+    fields.check(fields.of_class(sections.Recipe), recipe, "")
+    if "loader" in stage.sections:
+        fields.check(fields.of_class(sections.Loader), config["loader"], "loader")
+    if stage.fields is not None:
+        fields.check(stage.fields, config[stage.name], stage.name)
+
+
 def _record(context: Context) -> dict[str, Any]:
     """The stage's part of the config, and the identity of each input."""
     stage = context.stage
@@ -172,6 +190,10 @@ def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
     if "/" not in name and name in (*context.config["stages"], "prepare_data"):
         if not (own / "stage.json").exists() or not (own / "summary.json").exists():
             raise UserError(f"{name} is not finished in {context.workdir}", where=where, remedy=f"run {name} first")
+        if role in CHECKPOINTS and not (own / "checkpoints").exists():
+            raise UserError(f"{name} leaves no checkpoint", where=where, remedy="name a stage that does, or a folder")
+        if own == context.folder:
+            raise UserError("a stage cannot start from itself", where=where, remedy="name another one")
         return own, files.read_json(own / "stage.json")["identity"]
     from kwaicoder_jax import checkpoints  # here, since it imports jax, and finished stages should answer at once
 
@@ -230,19 +252,6 @@ def _compare(context: Context, record: dict[str, Any]) -> None:
     for role in sorted({**old["inputs"], **record["inputs"]}):
         if old["inputs"].get(role) != record["inputs"].get(role):
             raise UserError("its input is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
-
-
-def check_arguments(
-    function: Callable[..., Any], values: Mapping[str, Any], where: str, given: tuple[str, ...] = ()
-) -> None:
-    """UserError for a config field that `function` does not take or that it lacks; `given` comes from elsewhere."""
-    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in given}
-    for name in values:
-        if name not in parameters:
-            raise UserError("no such field", where=f"{where}.{name}", remedy=f"the fields are {sorted(parameters)}")
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in values:
-            raise UserError("is missing", where=f"{where}.{name}", remedy="add it to the config")
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:

@@ -7,12 +7,15 @@ Dimension letters, here and everywhere:
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from kernels import grouped_matmul
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.attention_ops import AttentionBackend
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Router(enum.StrEnum):
@@ -101,6 +104,8 @@ class ModelConfig:
                 f"{self.head_dim} is odd", where="model.head_dim", remedy="rotary embedding needs an even width"
             )
 
+        _check_numbers(self)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict, the inverse of `from_dict`."""
         return dataclasses.asdict(self)
@@ -157,3 +162,19 @@ class Runtime:
                 raise UserError(f"no choice {getattr(self, name)!r}", where=f"runtime.{name}", remedy=remedy)
         if self.scan_unroll < 0:
             raise UserError(f"{self.scan_unroll} layers", where="runtime.scan_unroll", remedy="use 1, or 0 for all")
+
+
+def _check_numbers(config: ModelConfig) -> None:
+    """Refuses numbers with which every loss is NaN, and dtypes that there are not."""
+    for name, least in (
+        ("rope_theta", "more than 0"),
+        ("norm_epsilon", "more than 0"),
+        ("initializer_range", "0 or more"),
+    ):
+        value = getattr(config, name)
+        if not math.isfinite(value) or value < 0 or (value == 0 and least != "0 or more"):
+            raise UserError(f"{value} cannot be", where=f"model.{name}", remedy=f"use a finite number, {least}")
+    for name in ("dtype", "param_dtype"):
+        if getattr(config, name) not in DTYPES:
+            remedy = f"use {', '.join(DTYPES)}"
+            raise UserError(f"no dtype {getattr(config, name)!r}", where=f"model.{name}", remedy=remedy)
