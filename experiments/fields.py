@@ -94,7 +94,7 @@ def _check(hint: Any, value: Any, where: str) -> None:
     if value is None and (type(None) in kinds or Any in kinds):
         return
     for kind in kinds:
-        if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind) and not isinstance(value, kind):
             check(of_class(kind), value, where)
             return
         if typing.get_origin(kind) is collections.abc.Mapping and isinstance(value, Mapping):

@@ -40,8 +40,7 @@ def run(context: Context) -> dict[str, Any]:
     target = transforms.Target() if searching else build(transforms.Target, section["target"], "prune.target")
     target.resolve(config)  # a target that cannot be reached is an error before the work begins
     phase = calibration_phase(context)
-    options = fields.of_function(transforms.importance.collect, GIVEN)
-    fields.check(options, section["importance"], "prune.importance")
+    fields.check(fields.of_function(transforms.importance.collect, GIVEN), section["importance"], "prune.importance")
     if searching:
         prune_search.rules(context)
 

@@ -110,7 +110,7 @@ def test_a_checkpoint_of_another_shape_than_its_config(work):
     (work / "distill" / "checkpoints" / str(step) / "meta" / "metadata").write_text(json.dumps(meta))
     output = refused("upcycle", work)
     assert "upcycle.init_from" in output
-    assert "has shape (2, 24, 32), the config says (2, 24, 64)" in output
+    assert "has shape (2, 32, 24), the config says (2, 64, 24)" in output
     assert not (work / "upcycle").exists()
 
 
