@@ -165,18 +165,21 @@ def open_tensors(place: str | os.PathLike[str], item: str = "params") -> Tensors
     Raises:
       UserError: there is no checkpoint, or one whose tensors cannot be found.
     """
-    step = newest_step(place)
-    folder = find(place).absolute() / str(step) / item
+    tensors = _open_all(place, item)
+    return Tensors(tensors, files.digest({"step": newest_step(place), "meta": read_meta(place)}))
+
+
+def _open_all(place: str | os.PathLike[str], item: str) -> dict[str, Tensor]:
+    folder = find(place).absolute() / str(newest_step(place)) / item
     try:
         tree = json.loads((folder / "_METADATA").read_text())
         leaves = [x for x in tree["tree_metadata"].values() if not x["value_metadata"].get("skip_deserialize")]
         names = ["/".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in leaves]
         ocdbt, zarr3 = tree.get("use_ocdbt", True), tree.get("use_zarr3", False)
         context = ts.Context(_CACHE)
-        tensors = {name: _open(folder, name, ocdbt, zarr3, context) for name in names}
+        return {name: _open(folder, name, ocdbt, zarr3, context) for name in names}
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{place} holds no readable {item}: {str(error).splitlines()[0]}") from error
-    return Tensors(tensors, files.digest({"step": step, "meta": read_meta(place)}))
 
 
 def read_params(place: str | os.PathLike[str], abstract: Any) -> Any:
@@ -186,7 +189,7 @@ def read_params(place: str | os.PathLike[str], abstract: Any) -> Any:
       UserError: there is no checkpoint, one with other names or shapes, or one that cannot be read.
     """
     remedy = "copy it again, or run its stage again"
-    problem = _difference(open_tensors(place), abstract)  # first, since Orbax says it in many lines from many threads
+    problem = _difference(_open_all(place, "params"), abstract)  # first, since Orbax says it in many lines from many threads
     if problem:
         raise UserError(f"{place} does not fit its own model config: {problem}", remedy=remedy)
     with contextlib.closing(CheckpointStore(find(place))) as store:
@@ -196,7 +199,7 @@ def read_params(place: str | os.PathLike[str], abstract: Any) -> Any:
             raise UserError(f"{place} is damaged: {str(error).splitlines()[0]}", remedy=remedy) from error
 
 
-def _difference(tensors: Tensors, abstract: Any) -> str:
+def _difference(tensors: Mapping[str, Tensor], abstract: Any) -> str:
     """The first name or shape in which a checkpoint is not what is asked of it, or nothing."""
     wanted = flax.traverse_util.flatten_dict(abstract, sep="/")
     for name in sorted({*wanted, *tensors}):
