@@ -189,7 +189,8 @@ def read_params(place: str | os.PathLike[str], abstract: Any) -> Any:
       UserError: there is no checkpoint, one with other names or shapes, or one that cannot be read.
     """
     remedy = "copy it again, or run its stage again"
-    problem = _difference(_open_all(place, "params"), abstract)  # first, since Orbax says it in many lines from many threads
+    # First, since Orbax says it in many lines from many threads.
+    problem = _difference(_open_all(place, "params"), abstract)
     if problem:
         raise UserError(f"{place} does not fit its own model config: {problem}", remedy=remedy)
     with contextlib.closing(CheckpointStore(find(place))) as store:
