@@ -144,7 +144,7 @@ def _chunked(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
     """One layer a chunk, and runs of rows of a large array without layers, so that it can be read in little memory."""
     if leaf.nbytes <= layout.CHUNK_BYTES:
         return ocp.SaveArgs()
-    if any(getattr(key, "key", None) == "layers" for key in path):
+    if any(getattr(key, "key", None) in ("layers", "dense_layers") for key in path):
         return ocp.SaveArgs(shard_axes=(0,))
     written = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
     rows = layout.chunk_shape(layout.Spec(written, leaf.dtype))[0]
