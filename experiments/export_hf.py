@@ -6,12 +6,13 @@ With --workdir it is a stage: it leaves WORKDIR/export_hf/summary.json, and the 
 --target says otherwise.
 """
 
+import dataclasses
 import pathlib
 from typing import Any
 
 from absl import flags
 
-from experiments import command
+from experiments import command, fields, sections
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.contract import run as run_contract
 from experiments.display import Display
@@ -19,8 +20,8 @@ from experiments.stopping import Stop
 from kwaicoder_jax import checkpoints, data, files, huggingface, models
 from kwaicoder_jax.errors import UserError
 
-CHOICES = {"family": None, "dtype": "stored", "max_shard_bytes": 5_000_000_000, "max_length": None}
-FIELDS = {"init_from": None, "target": None, "tokenizer": None, **CHOICES}
+DEFAULTS = dataclasses.asdict(sections.ExportHf())
+CHOICES = ("family", "dtype", "max_shard_bytes", "max_length")  # arguments of plan_export
 
 
 def main() -> None:
@@ -36,8 +37,8 @@ def main() -> None:
 
     def work(stop: Stop, display: Display) -> None:
         named = {"init_from": flags.FLAGS.checkpoint}
-        given = named | {name: flags.FLAGS[name].value for name in FIELDS if name != "init_from"}
-        context = command.tool_context(STAGE, holder.value, FIELDS, given, stop, display)
+        given = named | {name: flags.FLAGS[name].value for name in DEFAULTS if name != "init_from"}
+        context = command.tool_context(STAGE, holder.value, DEFAULTS, given, stop, display)
         if context.workdir is not None:
             run_contract(context, restart=flags.FLAGS.restart)
             return
@@ -46,6 +47,8 @@ def main() -> None:
                 remedy = "as in --checkpoint=runs/demo/cpt --target=runs/demo_hf"
                 raise UserError("is required", where=f"--{name}", remedy=remedy)
         display.stage(STAGE.name)
+        assert STAGE.fields is not None
+        fields.check(STAGE.fields, context.section, STAGE.name)
         write(context, pathlib.Path(context.section["init_from"]), context.section["target"])
 
     command.execute(work, required=())
@@ -53,15 +56,12 @@ def main() -> None:
 
 def run(context: Context) -> dict[str, Any]:
     """Writes export_hf/model, or the folder that `export_hf.target` names."""
-    for name in context.section:
-        if name not in FIELDS and name != "seed":
-            raise UserError("no such field", where=f"export_hf.{name}", remedy=f"the fields are {sorted(FIELDS)}")
     return write(context, context.inputs["init_from"], context.section.get("target") or context.folder / "model")
 
 
 def write(context: Context, checkpoint: Any, target: Any) -> dict[str, Any]:
     """Writes the folder; returns what the summary says of it."""
-    section = {**FIELDS, **context.section}
+    section = {**DEFAULTS, **context.section}
     meta = checkpoints.read_meta(checkpoint)
     config = models.ModelConfig.from_dict(meta["model"])
     tokenizer, companions = find_tokenizer(pathlib.Path(checkpoint), meta.get("tokenizer"), section["tokenizer"])
@@ -125,7 +125,9 @@ def inputs(context: Context) -> dict[str, str]:
     return {"init_from": previous_checkpoint(context)}
 
 
-STAGE = Stage("export_hf", run, inputs=inputs, places=("target", "tokenizer"))
+STAGE = Stage(
+    "export_hf", run, inputs=inputs, fields=fields.of_class(sections.ExportHf), places=("target", "tokenizer")
+)
 
 if __name__ == "__main__":
     main()

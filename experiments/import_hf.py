@@ -5,12 +5,13 @@ python -m experiments.import_hf --source=SmolLM2-135M --workdir=runs/smollm2
 Then --config.prune.init_from=import_hf (or another stage), or "import_hf" among the stages of a config.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 from absl import flags
 
-from experiments import command
+from experiments import command, fields, sections
 from experiments.contract import Context, Stage
 from experiments.contract import run as run_contract
 from experiments.display import Display
@@ -18,7 +19,7 @@ from experiments.stopping import Stop
 from kwaicoder_jax import files, huggingface, models
 from kwaicoder_jax.errors import UserError
 
-FIELDS = {"source": None, "tokenizer": None, "param_dtype": "stored", "dtype": "float32"}
+DEFAULTS = dataclasses.asdict(sections.ImportHf())
 
 
 def main() -> None:
@@ -30,8 +31,8 @@ def main() -> None:
     flags.DEFINE_string("dtype", None, "Of the computation: float32 or bfloat16.")
 
     def work(stop: Stop, display: Display) -> None:
-        given = {name: flags.FLAGS[name].value for name in FIELDS}
-        context = command.tool_context(STAGE, holder.value, FIELDS, given, stop, display)
+        given = {name: flags.FLAGS[name].value for name in DEFAULTS}
+        context = command.tool_context(STAGE, holder.value, DEFAULTS, given, stop, display)
         run_contract(context, restart=flags.FLAGS.restart)
 
     command.execute(work, required=("workdir",))
@@ -68,14 +69,11 @@ def run(context: Context) -> dict[str, Any]:
 
 
 def _source(context: Context) -> huggingface.Source:
-    section = {**FIELDS, **context.section}
-    for name in section:
-        if name not in FIELDS and name != "seed":
-            raise UserError("no such field", where=f"import_hf.{name}", remedy=f"the fields are {sorted(FIELDS)}")
+    section = {**DEFAULTS, **context.section}
     if not section["source"]:
         remedy = "as in --source=SmolLM2-135M: a folder or a GGUF file"
         raise UserError("is required", where="import_hf.source (--source)", remedy=remedy)
-    return _open(*(section[name] for name in FIELDS))
+    return _open(*(section[name] for name in DEFAULTS))
 
 
 @functools.lru_cache(maxsize=1)
@@ -88,7 +86,9 @@ def contents(context: Context) -> dict[str, str]:
     return {"source": _source(context).identity}
 
 
-STAGE = Stage("import_hf", run, places=("source", "tokenizer"), contents=contents)
+STAGE = Stage(
+    "import_hf", run, fields=fields.of_class(sections.ImportHf), places=("source", "tokenizer"), contents=contents
+)
 
 if __name__ == "__main__":
     main()

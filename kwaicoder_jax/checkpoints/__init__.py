@@ -2,7 +2,7 @@
 
 from kwaicoder_jax.checkpoints.layout import Spec, chunk_shape
 from kwaicoder_jax.checkpoints.partial import PartialStep
-from kwaicoder_jax.checkpoints.pieces import MEMORY_BYTES, Piece, Progress, write_pieces
+from kwaicoder_jax.checkpoints.pieces import MEMORY_BYTES, Piece, Progress, is_finite, write_pieces
 from kwaicoder_jax.checkpoints.store import (
     CheckpointStore,
     find,
@@ -10,9 +10,8 @@ from kwaicoder_jax.checkpoints.store import (
     newest_step,
     on_device,
     read_meta,
-    read_params,
 )
-from kwaicoder_jax.checkpoints.tensors import Tensor, Tensors, from_params, open_tensors
+from kwaicoder_jax.checkpoints.tensors import Tensor, Tensors, from_params, open_tensors, read_params
 
 __all__ = [
     "MEMORY_BYTES",
@@ -27,6 +26,7 @@ __all__ = [
     "find",
     "from_params",
     "is_complete",
+    "is_finite",
     "newest_step",
     "on_device",
     "open_tensors",

@@ -70,10 +70,11 @@ def _piece(
         index = (*first, slice(start, stop), *[slice(None)] * (rest - 1)) if rest else first
         with np.errstate(over="ignore"):  # it is an error below
             array = source.layout.gather(source.tensors, name, index, spec.dtype)
-        if spec.dtype == np.float16 and not np.isfinite(array).all():
-            raise UserError(
-                f"{name} holds a number beyond float16", where=source.name, remedy="use another param_dtype"
-            )
+        if not checkpoints.is_finite(array):
+            beyond = spec.dtype == np.float16
+            what = f"{name} holds a number beyond float16" if beyond else f"{name} holds numbers that are not finite"
+            remedy = "use another param_dtype" if beyond else "the files are damaged: fetch them again"
+            raise UserError(what, where=source.name, remedy=remedy)
         return array
 
     def stage() -> None:

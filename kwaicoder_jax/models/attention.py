@@ -1,5 +1,7 @@
 """Grouped-query self-attention with rotary positions and an optional cache of keys and values."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -42,7 +44,7 @@ class Tokens:
     lengths_BT: jax.Array | None = None  # of their documents, where rotary frequencies depend on it
     window: jax.Array | None = None  # of this layer, see `attention_ops`; None where no layer has one
 
-    def masks(self) -> dict[str, jax.Array | None]:
+    def masks(self) -> dict[str, Any]:
         """The arguments of `dot_product_attention` that say which keys a query sees."""
         return {
             "q_positions_BT": self.positions_BT, "k_positions_BS": self.k_positions_BS,

@@ -139,12 +139,9 @@ class MoE(nn.Module):
             "MD,DE->ME", x_MD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
 
-        weights, down_bias_ED = (gate_EDF, up_EDF, down_EFD), None
+        weights = (gate_EDF, up_EDF, down_EFD)
         if e.bias:
-            shapes, axes = (e.num_experts, e.mlp_dim), ("experts", "expert_mlp")
-            on_neurons = [declare_bias(self, f"{name}_bias", shapes, axes, c) for name in ("gate", "up")]
-            down_bias_ED = declare_bias(self, "down_bias", (e.num_experts, c.model_dim), ("experts", "embed"), c)
-            x_MD, weights = expert_biases.widened(x_MD, weights, *on_neurons)
+            x_MD, weights = expert_biases.with_one(x_MD), expert_biases.widened(weights, *self._biases())
 
         mesh, wanted, backend = token_mesh(x_BTD, x_BTD.shape[0]), recording(self), self.runtime.experts
 
@@ -154,7 +151,7 @@ class MoE(nn.Module):
             order = routing.sort_by_expert(choice[1], e.num_experts)
             if mask_M is None:
                 return grouped_matmul.expert_mlp(x_MD, choice[0], order, *weights, backend=backend), (choice, None)
-            axis = neuron_axis(mesh, e.mlp_dim)
+            axis = neuron_axis(mesh, e.mlp_dim + e.bias)
             y_MD, sums = expert_statistics.expert_mlp(
                 x_MD, choice[0], order, weights, mask_M, time=x_BTD.shape[1], backend=backend, neuron_axis=axis
             )
@@ -164,15 +161,24 @@ class MoE(nn.Module):
         router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
         y_MD, (choice, sums) = on_each_shard(route_and_compute, mesh, router, x_MD, *weights)
         weight_MX, index_MX, probability_ME = choice
-        if down_bias_ED is not None:
-            y_MD = expert_biases.narrowed(y_MD, weight_MX, index_MX, down_bias_ED)
+        y_MD = y_MD[:, : c.model_dim] if e.bias else y_MD
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
         if sums is not None:
             output_E, neurons = expert_statistics.reduce(sums, index_MX, mask_BT)
             store(self, "experts", output_E)
-            store(self, "expert_neurons", neurons)
+            store(self, "expert_neurons", jax.tree.map(lambda sums_EF: sums_EF[:, : e.mlp_dim], neurons))
         y_BTD = y_MD.reshape(x_BTD.shape).astype(c.dtype)
         return (y_BTD + self._shared(x_BTD, mask_BT) if e.shared_mlp_dim else y_BTD), statistics
+
+    def _biases(self) -> list[jax.Array]:
+        """Of gate, up and down, in a compact call."""
+        c, e = self.config, self.config.experts
+        assert e is not None
+        axes = {"gate": ("expert_mlp", e.mlp_dim), "up": ("expert_mlp", e.mlp_dim), "down": ("embed", c.model_dim)}
+        return [
+            declare_bias(self, f"{name}_bias", (e.num_experts, size), ("experts", axis), c)
+            for name, (axis, size) in axes.items()
+        ]
 
     def _shared(self, x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
         """The always-on expert, in a compact call."""

@@ -3,9 +3,10 @@
 Equal dimensions hide transposed axes, so every size of a config here is its own.
 """
 
+import dataclasses
 from typing import Any
 
-from kwaicoder_jax.models import ExpertsConfig, MlaConfig, ModelConfig, RopeScaling, Router
+from kwaicoder_jax.models import ExpertsConfig, GroupScore, MlaConfig, ModelConfig, RopeKind, RopeScaling, Router
 
 
 def dense_config(**changes: Any) -> ModelConfig:
@@ -45,17 +46,17 @@ def family_configs() -> dict[str, ModelConfig]:
 
 
 def _dense_families() -> dict[str, ModelConfig]:
-    linear = RopeScaling("linear", 3.0)
-    llama3 = RopeScaling("llama3", 8.0, original_length=40, low_freq_factor=1.0, high_freq_factor=4.0)
-    yarn = RopeScaling("yarn", 4.0, original_length=12)
-    uneven = RopeScaling(
-        "yarn", 2.5, original_length=9, beta_fast=3.0, beta_slow=0.5, attention_factor=1.3, truncate=False
+    linear = RopeScaling(RopeKind.LINEAR, 3.0)
+    llama3 = RopeScaling(RopeKind.LLAMA3, 8.0, original_length=40, low_freq_factor=1.0, high_freq_factor=4.0)
+    yarn = RopeScaling(RopeKind.YARN, 4.0, original_length=12)
+    uneven = dataclasses.replace(
+        yarn, factor=2.5, original_length=9, beta_fast=3.0, beta_slow=0.5, attention_factor=1.3, truncate=False
     )
     every_bias = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
     return {
         "llama": dense_config(**every_bias, rope_scaling=llama3),
         "llama_linear": odd_config(rope_scaling=linear),
-        "llama_dynamic": dense_config(rope_scaling=RopeScaling("dynamic", 2.0), max_length=10),
+        "llama_dynamic": dense_config(rope_scaling=RopeScaling(RopeKind.DYNAMIC, 2.0), max_length=10),
         "llama_yarn": odd_config(head_dim=12, rope_scaling=uneven),
         "mistral": odd_config(windows=(5, 5)),
         "qwen2": dense_config(qkv_bias=True, windows=(0, 7, 4), rope_scaling=yarn, max_length=48),
@@ -64,14 +65,15 @@ def _dense_families() -> dict[str, ModelConfig]:
 
 
 def _mixture_families() -> dict[str, ModelConfig]:
-    mscale = RopeScaling("yarn", 4.0, original_length=8, mscale=1.3, mscale_all_dim=0.7)
+    mscale = RopeScaling(RopeKind.YARN, 4.0, original_length=8, mscale=1.3, mscale_all_dim=0.7)
     grouped = ExpertsConfig(8, 3, 14, Router.SOFTMAX_TOPK, 1.7, shared_mlp_dim=10, groups=4, top_groups=2)
     biased = ExpertsConfig(
-        9, 2, 14, Router.SIGMOID, 2.5, router_bias=True, shared_mlp_dim=10, groups=3, top_groups=2, group_score="top2"
-    )
+        9, 2, 14, Router.SIGMOID, 2.5, router_bias=True, shared_mlp_dim=10, groups=3, top_groups=2,
+        group_score=GroupScore.TOP2,
+    )  # fmt: skip
     gated = ExpertsConfig(6, 3, 14, Router.SOFTMAX_TOPK, shared_mlp_dim=22, shared_gate=True)
     glm = ExpertsConfig(7, 2, 24, Router.SIGMOID, 1.5, router_bias=True, shared_mlp_dim=10)
-    latent = {"heads": 5, "kv_heads": 5, "head_dim": 10}
+    latent: dict[str, Any] = {"heads": 5, "kv_heads": 5, "head_dim": 10}
     return {
         "mixtral": moe_config(windows=(6, 6, 6), tie_embeddings=False),
         "mixtral_with_biases": moe_config(experts=ExpertsConfig(7, 2, 14, bias=True), mlp_bias=True, out_bias=True),

@@ -43,8 +43,8 @@ def run(
       memory_bytes: of arrays held at once; a single piece may need more, and is then worked on alone.
 
     Raises:
-      UserError: a record of another model, tensors that are missing or of another shape, a full disk, or a folder
-        where other work was begun.
+      UserError: a record of another model, tensors that are missing, of another shape or not finite, a full disk, or a
+        folder where other work was begun.
     """
     tensors = source if isinstance(source, checkpoints.Tensors) else checkpoints.open_tensors(source)
     plan = _Plan(transform, record, tensors)
@@ -107,6 +107,10 @@ class _Plan:
         """The slice, [1, ...] for a layer."""
         sources = self._transform.sources(self._record, name, layer)
         arrays = {source: self._tensors[source].read(each) for source, each in sources.items()}
+        for source, array in arrays.items():
+            if not checkpoints.is_finite(array):
+                what = f"{source} holds numbers that are not finite"
+                raise UserError(what, where="source", remedy="it diverged or is damaged: run its stage again")
         array = np.asarray(self._transform.parameter(self._record, name, arrays, layer))
         return array if arrays else array.astype(self.specs[name].dtype)
 

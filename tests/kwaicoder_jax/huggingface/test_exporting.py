@@ -23,6 +23,7 @@ from kwaicoder_jax.huggingface import shards
 from kwaicoder_jax.models import ExpertsConfig, MlaConfig
 from tests.kwaicoder_jax.huggingface import tiny
 from tests.kwaicoder_jax.huggingface.test_round_trip import assert_same_tensors, batch, ours
+from tests.kwaicoder_jax.transforms.test_prune import made_scores
 
 ROOT = pathlib.Path(__file__).parents[3]
 TOKENIZER = data.tokenizer.train(["def f(x):\n    return x + 1\n"] * 20, 270)
@@ -69,7 +70,7 @@ def test_a_pruned_student(tmp_path, family):
     changes, target = TEACHERS[family]
     config = dense(**changes)
     params = testing.random_params(config)
-    scores = transforms.importance.collect(params, config, [testing.random_batch(config, 4, 16)])
+    scores = made_scores(config)
     student, small, _ = transforms.prune.apply(params, config, scores, transforms.Target(**target))
     assert exported(tmp_path / "out", student, small).family.model_type == family
     assert_transformers_agrees(tmp_path / "out", student, small)
@@ -104,8 +105,14 @@ def test_an_upcycled_mixture(tmp_path, family):
 def test_a_shared_expert_carved_from_a_student_leaves_as_qwen2_moe(tmp_path):
     config = dense(qkv_bias=True)
     params = testing.random_params(config)
-    scores = transforms.importance.collect(params, config, [testing.random_batch(config, 4, 16)])
-    options = {"granularity": 4, "replicas": 2, "shared_neurons": 8, "shared_gate": True, "scores": scores}
+    # 16 shared neurons, so that experts are 8 wide: torch's grouped product wants rows of 16 bytes
+    options = {
+        "granularity": 4,
+        "replicas": 2,
+        "shared_neurons": 16,
+        "shared_gate": True,
+        "scores": made_scores(config),
+    }
     moe, moe_config, _ = transforms.upcycle.apply(params, config, **options)
     assert exported(tmp_path / "out", moe, moe_config).family.model_type == "qwen2_moe"
     assert_transformers_agrees(tmp_path / "out", moe, moe_config)

@@ -90,5 +90,5 @@ def logits(model: Any, inputs_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray
     mask = torch.from_numpy(mask_BT.astype(np.int64))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        out = model.float()(torch.from_numpy(inputs_BT).long(), attention_mask=mask, position_ids=positions)
+        out = model(torch.from_numpy(inputs_BT).long(), attention_mask=mask, position_ids=positions)
     return out.logits.numpy()
