@@ -1,5 +1,7 @@
 """Every family in and out again: the same bits, and the logits that transformers gives."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from kwaicoder_jax import checkpoints, huggingface, models, testing
 from kwaicoder_jax.checkpoints import layout as checkpoint_layout
 from tests.kwaicoder_jax.huggingface import tiny
+from tests.kwaicoder_jax.training import devices
 
 TOLERANCE = 1e-4  # float32 on both sides, logits of 10
 
@@ -39,10 +42,15 @@ def batch(length=24, padded=True):
     return inputs_BT, mask_BT
 
 
+@functools.partial(jax.jit, static_argnames="config", compiler_options=devices.QUICK)
+def model_logits(params, config, fields):
+    return testing.model_logits(params, config, fields)
+
+
 def ours(params, config, inputs_BT, mask_BT):
     positions_BT = np.maximum(mask_BT.cumsum(-1) - 1, 0)
     fields = {"inputs": inputs_BT, "positions": positions_BT, "segment_ids": mask_BT}
-    return np.asarray(testing.model_logits(params, config, {name: x.astype(np.int32) for name, x in fields.items()}))
+    return np.asarray(model_logits(params, config, {name: x.astype(np.int32) for name, x in fields.items()}))
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -127,3 +135,11 @@ def test_upcycled_weights_are_exact_in_a_mixture_of_float32_and_bfloat16(tmp_pat
     loaded = models.flatten(huggingface.load(source))
     for name, value in models.flatten(params).items():
         assert np.asarray(loaded[name]).tobytes() == value.tobytes()
+
+
+def test_straight_onto_a_mesh(saved):
+    """Four devices, split by channels and by heads: each reads the rows of its own heads, and the bits are the same."""
+    result = devices.run("huggingface.load_on_devices", 4, str(saved("mixtral")[0]))
+    assert result == {
+        "devices": 4, "same_bits": True, "placed": True, "query_shard": [2, 12, 2, 6], "most_query_rows": 12,
+    }  # fmt: skip
