@@ -217,7 +217,7 @@ def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | 
     ((source, array),) = arrays.items()
     axes, factor = models.declarations(dense)[source].axes, record["factors"][name]
     if "shared_mlp" in d.axes:
-        return merge.shared(array, axes.index("mlp"), np.asarray(record["shared"]["neurons"])[here], factor)
+        return merge.shared(array, axes, np.asarray(record["shared"]["neurons"])[here], factor)
     order_RLP = record["partition"]["order"]
     if order_RLP is not None:
         order_RLP = np.asarray([lists[here] if len(lists) > 1 else lists for lists in order_RLP])  # cut, then parsed
