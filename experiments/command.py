@@ -37,7 +37,10 @@ def define_flags() -> Any:
     flags.DEFINE_string("workdir", None, "Folder of the whole recipe; each stage has a folder in it.")
     flags.DEFINE_bool("restart", False, "Start the stage over: what it wrote is deleted.")
     flags.DEFINE_integer("preempt_exit_code", 0, "Exit status after SIGTERM, when everything is saved.")
-    return config_flags.DEFINE_config_file("config", None, "Recipe, as in configs/demo.py; --config.field=value.")
+    return config_flags.DEFINE_config_file(
+        "config", None, "Recipe, as in configs/demo.py; --config.field=value, None for no value.",
+        sys_argv=_split_nones(sys.argv)[0],
+    )  # fmt: skip
 
 
 def main(stage: Stage) -> None:
@@ -99,10 +102,13 @@ def parse(argv: list[str]) -> None:
     if {"--help", "-h", "--helpfull"} & set(argv):
         print(sys.modules["__main__"].__doc__, flags.FLAGS.module_help("experiments.command"), sep="\n")
         sys.exit(0)
+    words, nones = _split_nones(argv)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(words)
         if (config := flags.FLAGS["config"].value) is not None:
             config.to_dict()  # a config file that cannot be loaded says so only here
+            for name in nones:
+                _set_none(config, name)
     except Exception as error:  # a config file is a program: anything can come out of it
         raise UserError(*_explain(argv, error)) from error
     if len(rest) > 1:
@@ -112,6 +118,29 @@ def parse(argv: list[str]) -> None:
             raise UserError(
                 "is required", where=f"--{name}", remedy="as in --config=configs/demo.py --workdir=runs/demo"
             )
+
+
+def _split_nones(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line without `--config.field=None`, which ml_collections takes for a value; and these fields.
+
+    Of several values for one field the last one counts.
+    """
+    last = {word.partition("=")[0].lstrip("-"): at for at, word in enumerate(argv)}
+    nones = {name for name, at in last.items() if name.startswith("config.") and argv[at].endswith("=None")}
+    return (
+        [word for word in argv if word.partition("=")[0].lstrip("-") not in nones],
+        sorted(name.removeprefix("config.") for name in nones),
+    )
+
+
+def _set_none(config: ConfigDict, name: str) -> None:
+    *sections, field = name.split(".")
+    for part in sections:
+        config = config[part]
+    if field not in config:
+        raise KeyError(name)
+    with config.ignore_type():
+        config[field] = None
 
 
 def _explain(argv: list[str], error: Exception) -> tuple[str]:

@@ -9,9 +9,8 @@ from kwaicoder_jax.checkpoints.store import (
     newest_step,
     on_device,
     read_meta,
-    read_params,
 )
-from kwaicoder_jax.checkpoints.tensors import Tensor, Tensors, from_params, open_tensors
+from kwaicoder_jax.checkpoints.tensors import Tensor, Tensors, from_params, open_tensors, read_params
 
 __all__ = [
     "CheckpointStore",

@@ -106,17 +106,6 @@ def read_meta(place: str | os.PathLike[str]) -> dict[str, Any]:
     return meta
 
 
-def read_params(place: str | os.PathLike[str], abstract: Tree) -> Tree:
-    """The parameters of the newest complete checkpoint, in the shapes, dtypes and shardings of `abstract`."""
-    with contextlib.closing(CheckpointStore(find(place))) as store:
-        step = _newest(store, place)
-        try:
-            return store.restore(step, "params", on_device(abstract))
-        except Exception as error:  # whatever Orbax and TensorStore say of a file that is damaged
-            what = f"{place} does not fit its own model config, or is damaged: {str(error).splitlines()[0]}"
-            raise UserError(what, remedy="copy it again, or run its stage again") from error
-
-
 def newest_step(place: str | os.PathLike[str]) -> int:
     """The newest complete step in a stage folder; UserError if there is none."""
     with contextlib.closing(CheckpointStore(find(place))) as store:
@@ -155,7 +144,7 @@ def _chunked(path: tuple[Any, ...], leaf: Any) -> ocp.SaveArgs:
     """One layer a chunk, and runs of rows of a large array without layers, so that it can be read in little memory."""
     if leaf.nbytes <= layout.CHUNK_BYTES:
         return ocp.SaveArgs()
-    if any(getattr(key, "key", None) == "layers" for key in path):
+    if any(getattr(key, "key", None) in ("layers", "dense_layers") for key in path):
         return ocp.SaveArgs(shard_axes=(0,))
     written = leaf.sharding.shard_shape(leaf.shape) if isinstance(leaf, jax.Array) else leaf.shape
     rows = layout.chunk_shape(layout.Spec(written, leaf.dtype))[0]

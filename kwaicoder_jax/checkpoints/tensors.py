@@ -1,5 +1,6 @@
-"""Single tensors of a checkpoint, read when they are asked for: whole, or one layer."""
+"""Tensors of a checkpoint: single ones, read when they are asked for, whole or one layer; or all of them at once."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ from etils import epath
 
 from kwaicoder_jax import files
 from kwaicoder_jax.checkpoints import layout
-from kwaicoder_jax.checkpoints.store import find, newest_step, read_meta
+from kwaicoder_jax.checkpoints.store import CheckpointStore, find, newest_step, on_device, read_meta
 from kwaicoder_jax.errors import UserError
 
 READ_BYTES = 128 * 2**20  # a longer slice is read in pieces of this size, since tensorstore holds each piece twice
@@ -164,18 +165,52 @@ def open_tensors(place: str | os.PathLike[str], item: str = "params") -> Tensors
     Raises:
       UserError: there is no checkpoint, or one whose tensors cannot be found.
     """
-    step = newest_step(place)
-    folder = find(place).absolute() / str(step) / item
+    tensors = _open_all(place, item)
+    return Tensors(tensors, files.digest({"step": newest_step(place), "meta": read_meta(place)}))
+
+
+def _open_all(place: str | os.PathLike[str], item: str) -> dict[str, Tensor]:
+    folder = find(place).absolute() / str(newest_step(place)) / item
     try:
         tree = json.loads((folder / "_METADATA").read_text())
         leaves = [x for x in tree["tree_metadata"].values() if not x["value_metadata"].get("skip_deserialize")]
         names = ["/".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in leaves]
         ocdbt, zarr3 = tree.get("use_ocdbt", True), tree.get("use_zarr3", False)
         context = ts.Context(_CACHE)
-        tensors = {name: _open(folder, name, ocdbt, zarr3, context) for name in names}
+        return {name: _open(folder, name, ocdbt, zarr3, context) for name in names}
     except (ValueError, KeyError, OSError) as error:
         raise UserError(f"{place} holds no readable {item}: {str(error).splitlines()[0]}") from error
-    return Tensors(tensors, files.digest({"step": step, "meta": read_meta(place)}))
+
+
+def read_params(place: str | os.PathLike[str], abstract: Any) -> Any:
+    """The parameters of the newest complete checkpoint, in the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      UserError: there is no checkpoint, one with other names or shapes, or one that cannot be read.
+    """
+    remedy = "copy it again, or run its stage again"
+    # First, since Orbax says it in many lines from many threads.
+    problem = _difference(_open_all(place, "params"), abstract)
+    if problem:
+        raise UserError(f"{place} does not fit its own model config: {problem}", remedy=remedy)
+    with contextlib.closing(CheckpointStore(find(place))) as store:
+        try:
+            return store.restore(newest_step(place), "params", on_device(abstract))
+        except Exception as error:  # whatever Orbax and TensorStore say of a file that is damaged
+            raise UserError(f"{place} is damaged: {str(error).splitlines()[0]}", remedy=remedy) from error
+
+
+def _difference(tensors: Mapping[str, Tensor], abstract: Any) -> str:
+    """The first name or shape in which a checkpoint is not what is asked of it, or nothing."""
+    wanted = flax.traverse_util.flatten_dict(abstract, sep="/")
+    for name in sorted({*wanted, *tensors}):
+        if name not in tensors:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} is no parameter of that config"
+        if tensors[name].shape != tuple(wanted[name].shape):
+            return f"{name} has shape {tensors[name].shape}, the config says {tuple(wanted[name].shape)}"
+    return ""
 
 
 def _open(folder: epath.Path, name: str, ocdbt: bool, zarr3: bool, context: ts.Context) -> Tensor:

@@ -1,7 +1,9 @@
 """Flax Linen models, dense and mixture, from one frozen config; logical axes are declared with each parameter."""
 
 from kwaicoder_jax.models.attention import Cache
-from kwaicoder_jax.models.config import ExpertsConfig, ModelConfig, Router, Runtime
+from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
+from kwaicoder_jax.models.config import ModelConfig, Runtime
+from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.flops import forward_flops_per_token, train_flops_per_token
 from kwaicoder_jax.models.moe import RouterStatistics, choose_experts
 from kwaicoder_jax.models.parameters import (
@@ -26,9 +28,14 @@ __all__ = [
     "Cache",
     "Declaration",
     "ExpertsConfig",
+    "GroupScore",
+    "MlaConfig",
     "ModelConfig",
     "Output",
     "Params",
+    "QkNorm",
+    "RopeKind",
+    "RopeScaling",
     "Router",
     "RouterStatistics",
     "Runtime",

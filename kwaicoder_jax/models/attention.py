@@ -1,21 +1,28 @@
 """Grouped-query self-attention with rotary positions and an optional cache of keys and values."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kwaicoder_jax.models.attention_config import QkNorm
 from kwaicoder_jax.models.attention_ops import dot_product_attention
 from kwaicoder_jax.models.config import ModelConfig, Runtime
-from kwaicoder_jax.models.layers import declare, project, rotary
+from kwaicoder_jax.models.layers import InnerNorm, declare, declare_bias, plus, project
+from kwaicoder_jax.models.rotary import rotary
 from kwaicoder_jax.models.statistics import group_norms, record, recording
+
+LayerCache = tuple[jax.Array, jax.Array]  # one layer of Cache.key_LBSKN and Cache.value_LBSKN
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the tokens seen so far, for S slots.
+    """Keys and values of the tokens seen so far, for S slots; layers are in the order of the model.
 
-    `index` is the next free slot, the same in every row: prompts are padded on the left, with segment 0.
+    `index` is the next free slot, the same in every row: prompts are padded on the left, with segment 0. Under latent
+    attention keys are the rotary part that all heads share, and values the latent: K = 1, N of its own for each.
     """
 
     key_LBSKN: jax.Array
@@ -34,6 +41,15 @@ class Tokens:
     k_positions_BS: jax.Array
     k_segments_BS: jax.Array
     index: jax.Array | None = None  # where this call's keys go in the cache; None without a cache
+    lengths_BT: jax.Array | None = None  # of their documents, where rotary frequencies depend on it
+    window: jax.Array | None = None  # of this layer, see `attention_ops`; None where no layer has one
+
+    def masks(self) -> dict[str, Any]:
+        """The arguments of `dot_product_attention` that say which keys a query sees."""
+        return {
+            "q_positions_BT": self.positions_BT, "k_positions_BS": self.k_positions_BS,
+            "q_segments_BT": self.segments_BT, "k_segments_BS": self.k_segments_BS, "window": self.window,
+        }  # fmt: skip
 
 
 class Attention(nn.Module):
@@ -44,8 +60,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, tokens: Tokens, layer_cache: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        self, x_BTD: jax.Array, tokens: Tokens, layer_cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
         out_init = nn.initializers.normal(c.initializer_range / (2 * c.layers) ** 0.5)
@@ -56,28 +72,59 @@ class Attention(nn.Module):
         out_shape = (c.heads, c.head_dim, c.model_dim)
         out_HND = declare(self, "out", out_shape, ("heads", "head_dim", "embed"), out_init, c.param_dtype)
 
-        q_BTHN = rotary(project(x_BTD, query_DHN), tokens.positions_BT, c.rope_theta)
-        k_BSKN = rotary(project(x_BTD, key_DKN), tokens.positions_BT, c.rope_theta)
-        v_BSKN = project(x_BTD, value_DKN)
+        q_BTHN = self._rotated("query", "heads", x_BTD, query_DHN, tokens)
+        k_BSKN = self._rotated("key", "kv_heads", x_BTD, key_DKN, tokens)
+        v_BSKN = self._clipped(self._biased("value", "kv_heads", project(x_BTD, value_DKN)))
         if layer_cache is not None:
-            assert tokens.index is not None
-            start = (0, tokens.index, 0, 0)
-            k_BSKN = jax.lax.dynamic_update_slice(layer_cache[0], k_BSKN.astype(layer_cache[0].dtype), start)
-            v_BSKN = jax.lax.dynamic_update_slice(layer_cache[1], v_BSKN.astype(layer_cache[1].dtype), start)
+            k_BSKN, v_BSKN = layer_cache = updated(layer_cache, (k_BSKN, v_BSKN), tokens)
         mixed_BTHN = dot_product_attention(
             q_BTHN,
             k_BSKN,
             v_BSKN,
-            q_positions_BT=tokens.positions_BT,
-            k_positions_BS=tokens.k_positions_BS,
-            q_segments_BT=tokens.segments_BT,
-            k_segments_BS=tokens.k_segments_BS,
             same_sequence=layer_cache is None,
             backend=self.runtime.attention,
+            **tokens.masks(),
         )
-        y_BTD = project(mixed_BTHN, out_HND, inner=2)
-        if recording(self):
-            mask_BT = tokens.segments_BT > 0
-            record(self, "heads", jnp.linalg.norm(mixed_BTHN.astype(jnp.float32), axis=-1), mask_BT)
-            record(self, "groups", group_norms(mixed_BTHN, out_HND, y_BTD, c.kv_heads), mask_BT)
-        return y_BTD, (None if layer_cache is None else (k_BSKN, v_BSKN))
+        return write(self, c, mixed_BTHN, out_HND, tokens), layer_cache
+
+    def _rotated(self, name: str, axis: str, x_BTD: jax.Array, weight: jax.Array, tokens: Tokens) -> jax.Array:
+        """Queries or keys: projected, normed where the model does so, rotated; in a compact call."""
+        c = self.config
+        x_BTHN = self._biased(name, axis, project(x_BTD, weight))
+        if c.qk_norm is not QkNorm.NONE:
+            axes = ("head_dim",) if c.qk_norm is QkNorm.HEAD else (axis, "head_dim")
+            x_BTHN = InnerNorm(axes, c.norm_epsilon, c.param_dtype, name=f"{name}_norm")(x_BTHN)
+        return rotary(self._clipped(x_BTHN), tokens.positions_BT, c, tokens.lengths_BT)
+
+    def _biased(self, name: str, axis: str, x_BTHN: jax.Array) -> jax.Array:
+        if not self.config.qkv_bias:
+            return x_BTHN
+        return plus(x_BTHN, declare_bias(self, f"{name}_bias", x_BTHN.shape[2:], (axis, "head_dim"), self.config))
+
+    def _clipped(self, x_BTHN: jax.Array) -> jax.Array:
+        limit = self.config.qkv_clip
+        return x_BTHN if limit is None else jnp.clip(x_BTHN, -limit, limit)
+
+
+def updated(layer_cache: LayerCache, new: LayerCache, tokens: Tokens) -> LayerCache:
+    """The cache with this call's keys and values written at `tokens.index`."""
+    assert tokens.index is not None
+    start = (0, tokens.index, 0, 0)
+    key, value = (
+        jax.lax.dynamic_update_slice(old, x.astype(old.dtype), start) for old, x in zip(layer_cache, new, strict=True)
+    )
+    return key, value
+
+
+def write(
+    module: nn.Module, config: ModelConfig, mixed_BTHN: jax.Array, out_HND: jax.Array, tokens: Tokens
+) -> jax.Array:
+    """What the heads' outputs add to the residual stream, with their statistics; in the module's compact call."""
+    y_BTD = project(mixed_BTHN, out_HND, inner=2)
+    if recording(module):
+        mask_BT = tokens.segments_BT > 0
+        record(module, "heads", jnp.linalg.norm(mixed_BTHN.astype(jnp.float32), axis=-1), mask_BT)
+        record(module, "groups", group_norms(mixed_BTHN, out_HND, y_BTD, config.kv_heads), mask_BT)
+    if not config.out_bias:
+        return y_BTD
+    return plus(y_BTD, declare_bias(module, "out_bias", config.model_dim, "embed", config))

@@ -27,6 +27,8 @@ def dot_product_attention(
     q_segments_BT: jax.Array,
     k_segments_BS: jax.Array,
     same_sequence: bool,
+    window: jax.Array | None = None,
+    scale: float | None = None,
     backend: str = "auto",
 ) -> jax.Array:
     """Softmax attention inside a segment, at or before a query's position.
@@ -34,47 +36,94 @@ def dot_product_attention(
     Args:
       q_BTHN: queries; H is a multiple of K, and query head h reads KV head h // (H/K).
       k_BSKN: keys.
-      v_BSKN: values.
+      v_BSKN: values, of any width.
       q_positions_BT: position of each query inside its segment.
       k_positions_BS: the same for keys.
       q_segments_BT: segment of each query; a query sees only keys of its own segment. 0 is padding.
       k_segments_BS: the same for keys.
       same_sequence: queries and keys are the same tokens in the same order (T == S, no cache), so no key after a query
         is ever visible and a back end may skip that half.
+      window: how many last positions a query sees, its own included, an int32 scalar; 0 or None for all of them.
+      scale: what scores are multiplied with; None for 1 / sqrt(N).
       backend: a value of AttentionBackend.
 
     Returns:
-      [B, T, H, N] in the dtype of the queries.
+      [B, T, H, width of the values] in the dtype of the queries.
     """
     chosen = AttentionBackend(backend)
     batch, time, heads, width = q_BTHN.shape
     groups = k_BSKN.shape[2]
-    masks = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS)
+    scale = width**-0.5 if scale is None else scale
+    masks = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
+    out_shape = (batch, time, heads, v_BSKN.shape[-1])
     q_BTKGN = q_BTHN.reshape(batch, time, groups, heads // groups, width)
     if chosen is AttentionBackend.REFERENCE or not same_sequence:
-        return _reference(q_BTKGN, k_BSKN, v_BSKN, masks).reshape(q_BTHN.shape)
+        return _reference(scale, q_BTKGN, k_BSKN, v_BSKN, masks).reshape(out_shape)
     # Heads before time: the layout that batched matmuls want, so that blocks of time are slices.
     q_BKTGN, k_BKSN, v_BKSN = q_BTKGN.transpose(0, 2, 1, 3, 4), k_BSKN.swapaxes(1, 2), v_BSKN.swapaxes(1, 2)
-    out_BKTGN = _blocked(block_size(time), q_BKTGN, k_BKSN, v_BKSN, masks)
-    return out_BKTGN.transpose(0, 2, 1, 3, 4).reshape(q_BTHN.shape)
+    out_BKTGN = _blocked(block_size(time), scale, q_BKTGN, k_BKSN, v_BKSN, masks)
+    return out_BKTGN.transpose(0, 2, 1, 3, 4).reshape(out_shape)
 
 
-_Masks = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # positions of queries and keys, segments of both
+# Positions of queries and keys, segments of both, and the window.
+_Masks = tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]
 
 
 def _visible(masks: _Masks, first: int, end: int, keys: int) -> jax.Array:
     """Which of the first `keys` keys the queries [first, end) see: [B, T, S]."""
-    q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS = masks
+    q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window = masks
     same_BTS = q_segments_BT[:, first:end, None] == k_segments_BS[:, None, :keys]
-    return same_BTS & (q_positions_BT[:, first:end, None] >= k_positions_BS[:, None, :keys])
+    q_BT1, k_B1S = q_positions_BT[:, first:end, None], k_positions_BS[:, None, :keys]
+    visible_BTS = same_BTS & (q_BT1 >= k_B1S)
+    if window is None:
+        return visible_BTS
+    return visible_BTS & ((window == 0) | (q_BT1 - k_B1S < window))
 
 
-def _reference(q_BTKGN: jax.Array, k_BSKN: jax.Array, v_BSKN: jax.Array, masks: _Masks) -> jax.Array:
+def _reference(scale: float, q_BTKGN: jax.Array, k_BSKN: jax.Array, v_BSKN: jax.Array, masks: _Masks) -> jax.Array:
     scores_BKGTS = jnp.einsum("BTKGN,BSKN->BKGTS", q_BTKGN, k_BSKN, preferred_element_type=jnp.float32)
     visible_BTS = _visible(masks, 0, q_BTKGN.shape[1], k_BSKN.shape[1])
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS * q_BTKGN.shape[-1] ** -0.5, _MASKED)
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS * scale, _MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKN.dtype)
     return jnp.einsum("BKGTS,BSKN->BTKGN", weights_BKGTS, v_BSKN)
+
+
+def latent_dot_product_attention(
+    q_BTHR: jax.Array,
+    q_BTHP: jax.Array,
+    latent_BSR: jax.Array,
+    rope_BSP: jax.Array,
+    *,
+    q_positions_BT: jax.Array,
+    k_positions_BS: jax.Array,
+    q_segments_BT: jax.Array,
+    k_segments_BS: jax.Array,
+    window: jax.Array | None,
+    scale: float,
+) -> jax.Array:
+    """Attention to a cache of latents, which are key and value of all heads; no head's keys are made.
+
+    Args:
+      q_BTHR: queries that read the latent.
+      q_BTHP: queries that read the rotary key.
+      latent_BSR: latents.
+      rope_BSP: rotary keys, the same for all heads.
+      q_positions_BT: as in `dot_product_attention`, like the rest.
+      k_positions_BS: as there.
+      q_segments_BT: as there.
+      k_segments_BS: as there.
+      window: as there.
+      scale: as there.
+
+    Returns:
+      Mixed latents, [B, T, H, R].
+    """
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores_BHTS = einsum("BTHR,BSR->BHTS", q_BTHR, latent_BSR) + einsum("BTHP,BSP->BHTS", q_BTHP, rope_BSP)
+    masks = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
+    visible_BTS = _visible(masks, 0, q_BTHR.shape[1], latent_BSR.shape[1])
+    weights_BHTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores_BHTS * scale, _MASKED), axis=-1)
+    return jnp.einsum("BHTS,BSR->BTHR", weights_BHTS.astype(latent_BSR.dtype), latent_BSR)
 
 
 def block_size(time: int) -> int:
@@ -92,34 +141,39 @@ def _rows(x_BKTGN: jax.Array, first: int, end: int) -> jax.Array:
     return x_BKTGN[:, :, first:end].reshape(batch, groups, (end - first) * shared, width)
 
 
-def _block_scores(q_BKTGN: jax.Array, k_BKSN: jax.Array, masks: _Masks, first: int, end: int) -> jax.Array:
+def _block_scores(
+    scale: float, q_BKTGN: jax.Array, k_BKSN: jax.Array, masks: _Masks, first: int, end: int
+) -> jax.Array:
     """Scaled and masked scores of one block, float32: [B, K, t*G, end]."""
-    batch, groups, _, shared, width = q_BKTGN.shape
+    batch, groups, _, shared, _ = q_BKTGN.shape
     scores_BKRS = jnp.einsum(
         "BKRN,BKSN->BKRS", _rows(q_BKTGN, first, end), k_BKSN[:, :, :end], preferred_element_type=jnp.float32
     )
-    split_BKTGS = (scores_BKRS * width**-0.5).reshape(batch, groups, end - first, shared, end)
+    split_BKTGS = (scores_BKRS * scale).reshape(batch, groups, end - first, shared, end)
     visible_BTS = _visible(masks, first, end, end)
     return jnp.where(visible_BTS[:, None, :, None, :], split_BKTGS, _MASKED).reshape(scores_BKRS.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _blocked(block: int, q_BKTGN: jax.Array, k_BKSN: jax.Array, v_BKSN: jax.Array, masks: _Masks) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _blocked(
+    block: int, scale: float, q_BKTGN: jax.Array, k_BKSN: jax.Array, v_BKSN: jax.Array, masks: _Masks
+) -> jax.Array:
     """Causal attention by blocks of queries; saves the output and the log of each row's sum, as FlashAttention does
     (Dao et al. 2022), and recomputes the weights in the backward pass."""
-    return _blocked_forward(block, q_BKTGN, k_BKSN, v_BKSN, masks)[0]
+    return _blocked_forward(block, scale, q_BKTGN, k_BKSN, v_BKSN, masks)[0]
 
 
 _Residuals = tuple[jax.Array, jax.Array, jax.Array, _Masks, jax.Array, jax.Array]
 
 
 def _blocked_forward(
-    block: int, q_BKTGN: jax.Array, k_BKSN: jax.Array, v_BKSN: jax.Array, masks: _Masks
+    block: int, scale: float, q_BKTGN: jax.Array, k_BKSN: jax.Array, v_BKSN: jax.Array, masks: _Masks
 ) -> tuple[jax.Array, _Residuals]:
-    batch, groups, time, shared, width = q_BKTGN.shape
+    batch, groups, time, shared, _ = q_BKTGN.shape
+    width = v_BKSN.shape[-1]
     outs, logs = [], []
     for first, end in _blocks(block, time):
-        scores_BKRS = _block_scores(q_BKTGN, k_BKSN, masks, first, end)
+        scores_BKRS = _block_scores(scale, q_BKTGN, k_BKSN, masks, first, end)
         peak_BKR1 = jnp.max(scores_BKRS, axis=-1, keepdims=True)
         weights_BKRS = jnp.exp(scores_BKRS - peak_BKR1)
         total_BKR1 = jnp.sum(weights_BKRS, axis=-1, keepdims=True)
@@ -133,10 +187,10 @@ def _blocked_forward(
 
 
 def _blocked_backward(
-    block: int, residuals: _Residuals, dout_BKTGN: jax.Array
+    block: int, scale: float, residuals: _Residuals, dout_BKTGN: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BKTGN, k_BKSN, v_BKSN, masks, out_BKTGN, log_BKTG1 = residuals
-    dtype, scale, time = q_BKTGN.dtype, q_BKTGN.shape[-1] ** -0.5, q_BKTGN.shape[2]
+    dtype, time = q_BKTGN.dtype, q_BKTGN.shape[2]
     product = dout_BKTGN.astype(jnp.float32) * out_BKTGN.astype(jnp.float32)
     delta_BKTG1 = jnp.sum(product, axis=-1, keepdims=True)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -144,7 +198,7 @@ def _blocked_backward(
     dk_BKNS = dv_BKNS = jnp.zeros((), jnp.float32)
     for first, end in _blocks(block, time):
         dout_BKRN, q_BKRN = _rows(dout_BKTGN, first, end), _rows(q_BKTGN, first, end)
-        scores_BKRS = _block_scores(q_BKTGN, k_BKSN, masks, first, end)
+        scores_BKRS = _block_scores(scale, q_BKTGN, k_BKSN, masks, first, end)
         weights_BKRS = jnp.exp(scores_BKRS - _rows(log_BKTG1, first, end))
         dweights_BKRS = einsum("BKRN,BKSN->BKRS", dout_BKRN, v_BKSN[:, :, :end])
         dscores_BKRS = (weights_BKRS * (dweights_BKRS - _rows(delta_BKTG1, first, end)) * scale).astype(dtype)

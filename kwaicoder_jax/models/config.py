@@ -6,71 +6,52 @@ Dimension letters, here and everywhere:
 """
 
 import dataclasses
-import enum
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from kernels import grouped_matmul
 from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
 from kwaicoder_jax.models.attention_ops import AttentionBackend
+from kwaicoder_jax.models.experts_config import ExpertsConfig
 
-
-class Router(enum.StrEnum):
-    """How router logits become the combine weights of the X selected experts (always in float32)."""
-
-    TOPK_SOFTMAX = "topk_softmax"  # top-k of the logits, softmax over the selected (Mixtral)
-    SOFTMAX_TOPK_RENORMALISED = "softmax_topk_renormalised"  # the same function in another order (Qwen3-MoE)
-    SOFTMAX_TOPK = "softmax_topk"  # softmax over all, top-k, not renormalised (OLMoE, Qwen2-57B-A14B)
-    SIGMOID = "sigmoid"  # sigmoid, top-k, renormalised, times routed_scale (DeepSeek-V3)
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertsConfig:
-    """The mixture part of a model: E experts of `mlp_dim` neurons, X of them per token, and an always-on shared one.
-
-    Attributes:
-      num_experts: E.
-      experts_per_token: X.
-      mlp_dim: neurons of one expert.
-      router: how logits become combine weights.
-      routed_scale: what the sigmoid router multiplies its weights with.
-      router_bias: whether a float32 bias per expert enters the selection, and nothing else (sigmoid router only;
-        DeepSeek-V3, 2412.19437, section 2.1.2). It has no gradient; balancing moves it.
-      shared_mlp_dim: neurons of the shared expert; 0 for none.
-      shared_gate: whether the shared expert's output is multiplied by the sigmoid of a linear map (Qwen2-MoE).
-    """
-
-    num_experts: int
-    experts_per_token: int
-    mlp_dim: int
-    router: Router = Router.TOPK_SOFTMAX
-    routed_scale: float = 1.0
-    router_bias: bool = False
-    shared_mlp_dim: int = 0
-    shared_gate: bool = False
-
-    def __post_init__(self):
-        object.__setattr__(self, "router", Router(self.router))
-        if not 1 <= self.experts_per_token <= self.num_experts:
-            raise UserError(
-                f"{self.experts_per_token} of {self.num_experts} experts", where="experts.experts_per_token",
-                remedy="choose between 1 and num_experts",
-            )  # fmt: skip
-        if self.mlp_dim < 1 or self.shared_mlp_dim < 0:
-            raise UserError(f"experts of {self.mlp_dim} and {self.shared_mlp_dim} neurons", where="experts.mlp_dim")
-        if self.router_bias and self.router is not Router.SIGMOID:
-            raise UserError(
-                f"router {self.router} has no selection bias", where="experts.router_bias", remedy="use sigmoid"
-            )
-        if self.shared_gate and not self.shared_mlp_dim:
-            raise UserError(
-                "there is no shared expert to gate", where="experts.shared_gate", remedy="set shared_mlp_dim"
-            )
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: GQA, RoPE, RMSNorm, SwiGLU, dense or (with `experts`) a mixture in every layer."""
+    """A decoder-only transformer: RoPE, RMSNorm, SwiGLU, dense or (with `experts`) a mixture.
+
+    Attributes:
+      vocab_size: V.
+      layers: L, dense ones included.
+      model_dim: D.
+      heads: H.
+      kv_heads: K, a divisor of H; equal to H under latent attention.
+      head_dim: N of queries and keys.
+      mlp_dim: F, of dense layers.
+      rope_theta: base of the rotary frequencies.
+      norm_epsilon: of every RMSNorm, but see `MlaConfig`.
+      tie_embeddings: whether the embedding is also the vocabulary projection.
+      initializer_range: standard deviation of a fresh matrix.
+      dtype: of the computation.
+      param_dtype: of the stored parameters.
+      experts: the mixture in every layer after the first `dense_layers`; None for a dense model.
+      rope_scaling: of the rotary frequencies; None leaves them alone.
+      max_length: positions that the model is made for; it changes nothing but the "dynamic" rope_scaling.
+      rotary_dim: how many of a head's dimensions turn with the position, the first ones (GLM's partial rotary); None for
+        all. Latent attention has its own, see `MlaConfig`.
+      qkv_bias: biases on queries, keys and values (Qwen2); under latent attention on the projections into the latents.
+      out_bias: bias on attention's output.
+      mlp_bias: biases of dense MLPs and of a shared expert: gate, up, down. For routed experts see `ExpertsConfig`.
+      qk_norm: a value of QkNorm.
+      qkv_clip: queries, keys and values are clipped to [-qkv_clip, qkv_clip] before the rotary embedding (OLMoE).
+      windows: sliding window of each layer: a token sees so many last positions, its own included; 0 for all of them.
+        () where no layer has one.
+      mla: latent attention; None for grouped-query attention.
+      dense_layers: so many first layers of a mixture have a dense MLP; their parameters are "dense_layers/...".
+    """
 
     vocab_size: int
     layers: int
@@ -83,39 +64,85 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     tie_embeddings: bool = True
     initializer_range: float = 0.02
-    dtype: str = "float32"  # of the computation
-    param_dtype: str = "float32"  # of the stored parameters
+    dtype: str = "float32"
+    param_dtype: str = "float32"
     experts: ExpertsConfig | None = None
+    rope_scaling: RopeScaling | None = None
+    max_length: int | None = None
+    rotary_dim: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: QkNorm = QkNorm.NONE
+    qkv_clip: float | None = None
+    windows: tuple[int, ...] = ()
+    mla: MlaConfig | None = None
+    dense_layers: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "qk_norm", QkNorm(self.qk_norm))
+        object.__setattr__(self, "windows", tuple(self.windows) if any(self.windows) else ())
         for name in ("vocab_size", "layers", "model_dim", "heads", "kv_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
-                raise UserError(f"{getattr(self, name)} is not a size", where=f"model.{name}", remedy="use 1 or more")
+                raise _error(name, f"{getattr(self, name)} is not a size", "use 1 or more")
+        _check_numbers(self)
         if self.heads % self.kv_heads:
-            raise UserError(
-                f"{self.heads} query heads do not share {self.kv_heads} KV heads evenly", where="model.kv_heads",
-                remedy="choose a divisor of model.heads",
-            )  # fmt: skip
-        if self.head_dim % 2:
-            raise UserError(
-                f"{self.head_dim} is odd", where="model.head_dim", remedy="rotary embedding needs an even width"
-            )
+            what = f"{self.heads} query heads do not share {self.kv_heads} KV heads evenly"
+            raise _error("kv_heads", what, "choose a divisor of model.heads")
+        if self.mla is None:
+            self._check_rotary()
+        else:
+            self._check_latent(self.mla)
+        if self.rope_scaling is not None and self.rope_scaling.kind is RopeKind.DYNAMIC and not self.max_length:
+            raise _error("max_length", "dynamic rope_scaling starts behind it", "set the positions of the training")
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+            what = f"{list(self.windows)} are not the windows of {self.layers} layers"
+            raise _error("windows", what, "give one for each layer, 0 for none; or none at all")
+        if not 0 <= self.dense_layers < (self.layers if self.experts else 1):
+            what = f"{self.dense_layers} of {self.layers} layers cannot be the dense ones of this model"
+            raise _error("dense_layers", what, "leave a layer to the mixture; use 0 without one")
+
+    def _check_rotary(self) -> None:
+        name, width = ("head_dim", self.head_dim) if self.rotary_dim is None else ("rotary_dim", self.rotary_dim)
+        if width % 2:
+            raise _error(name, f"{width} is odd", "rotary embedding needs an even width")
+        if not 0 < width <= self.head_dim:
+            raise _error(name, f"{width} of {self.head_dim} dimensions", "use 2 to model.head_dim")
+        if self.rope_scaling is not None and self.rope_scaling.kind is RopeKind.DYNAMIC and width < 4:
+            raise _error("rope_scaling.kind", "dynamic needs two frequencies", "use a wider rotary_dim")
+
+    def _check_latent(self, mla: MlaConfig) -> None:
+        if self.head_dim != mla.nope_dim + mla.rope_dim:
+            what = f"{self.head_dim} is not {mla.nope_dim} + {mla.rope_dim}"
+            raise _error("head_dim", what, "use mla.nope_dim + mla.rope_dim")
+        wrong = {
+            "kv_heads": self.kv_heads != self.heads, "rotary_dim": self.rotary_dim is not None,
+            "qk_norm": self.qk_norm is not QkNorm.NONE, "qkv_clip": self.qkv_clip is not None,
+        }  # fmt: skip
+        for name in (name for name, bad in wrong.items() if bad):
+            remedy = "use model.heads" if name == "kv_heads" else "leave it out, or mla"
+            raise _error(name, f"{getattr(self, name)} does not go with latent attention", remedy)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict, the inverse of `from_dict`."""
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"windows": list(self.windows)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Builds a config from plain values; an unknown field is a UserError that names it."""
         values = dict(values)
-        if values.get("experts"):
-            values["experts"] = _build(ExpertsConfig, dict(values["experts"]), "model.experts")
+        for name, part in (("experts", ExpertsConfig), ("rope_scaling", RopeScaling), ("mla", MlaConfig)):
+            if values.get(name):
+                values[name] = _build(part, dict(values[name]), f"model.{name}")
         return _build(cls, values, "model")
 
     def replace(self, **changes: Any) -> "ModelConfig":
         """A copy with some fields changed."""
         return dataclasses.replace(self, **changes)
+
+
+def _error(field: str, what: str, remedy: str) -> UserError:
+    return UserError(what, where=f"model.{field}", remedy=remedy)
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
@@ -125,7 +152,9 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         raise UserError("no such field", where=f"{where}.{unknown[0]}", remedy=f"the fields are {sorted(known)}")
     try:
         return cls(**values)
-    except TypeError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
         raise UserError(str(error), where=where, remedy=f"the fields are {sorted(known)}") from error
 
 
@@ -157,3 +186,19 @@ class Runtime:
                 raise UserError(f"no choice {getattr(self, name)!r}", where=f"runtime.{name}", remedy=remedy)
         if self.scan_unroll < 0:
             raise UserError(f"{self.scan_unroll} layers", where="runtime.scan_unroll", remedy="use 1, or 0 for all")
+
+
+def _check_numbers(config: ModelConfig) -> None:
+    """Refuses numbers with which every loss is NaN, and dtypes that there are not."""
+    for name, least in (
+        ("rope_theta", "more than 0"),
+        ("norm_epsilon", "more than 0"),
+        ("initializer_range", "0 or more"),
+    ):
+        value = getattr(config, name)
+        if not math.isfinite(value) or value < 0 or (value == 0 and least != "0 or more"):
+            raise UserError(f"{value} cannot be", where=f"model.{name}", remedy=f"use a finite number, {least}")
+    for name in ("dtype", "param_dtype"):
+        if getattr(config, name) not in DTYPES:
+            remedy = f"use {', '.join(DTYPES)}"
+            raise UserError(f"no dtype {getattr(config, name)!r}", where=f"model.{name}", remedy=remedy)

@@ -1,4 +1,4 @@
-"""The small modules that attention and MLP stand on: declared parameters, RMSNorm, rotary embedding, dense SwiGLU."""
+"""The small modules that attention and MLP stand on: declared parameters, RMSNorm, dense SwiGLU."""
 
 import math
 from collections.abc import Callable
@@ -23,6 +23,20 @@ def declare(
     """
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
     return value  # Linen unboxes it
+
+
+def declare_bias(
+    module: nn.Module, name: str, shape: int | tuple[int, ...], axes: str | tuple[str, ...], config: ModelConfig
+) -> jax.Array:
+    """Declares a bias, zero at first; its name ends in "bias", which is what `Declaration.kind` goes by."""
+    shape = (shape,) if isinstance(shape, int) else shape
+    axes = (axes,) if isinstance(axes, str) else axes
+    return declare(module, name, shape, axes, nn.initializers.zeros, config.param_dtype)
+
+
+def plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`x` with the bias on its last axes, if there is one."""
+    return x if bias is None else x + bias.astype(x.dtype)[(None,) * (x.ndim - bias.ndim)]
 
 
 def project(x: jax.Array, weight: jax.Array, inner: int = 1) -> jax.Array:
@@ -54,15 +68,21 @@ class RMSNorm(nn.Module):
         return y_BTD.astype(self.config.dtype)
 
 
-def rotary(x_BTHN: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (i, i + N/2) of each head by position times theta^(-2i/N) (Su et al. 2021, in the Llama layout)."""
-    half = x_BTHN.shape[-1] // 2
-    frequency_P = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_BT1P = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_P[None, None, None, :]
-    cos, sin = jnp.cos(angle_BT1P), jnp.sin(angle_BT1P)
-    first, second = jnp.split(x_BTHN.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTHN.dtype)
+class InnerNorm(nn.Module):
+    """RMSNorm inside attention: of queries, keys or a latent, over the last axes, which are called `axes`."""
+
+    axes: tuple[str, ...]
+    epsilon: float
+    param_dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        count = len(self.axes)
+        scale = declare(self, "scale", x.shape[-count:], self.axes, nn.initializers.ones, self.param_dtype)
+        x32 = x.astype(jnp.float32)
+        energy = jnp.mean(jnp.square(x32), axis=tuple(range(-count, 0)), keepdims=True)
+        broadcast = (None,) * (x.ndim - count)
+        return (x32 * jax.lax.rsqrt(energy + self.epsilon) * scale.astype(jnp.float32)[broadcast]).astype(x.dtype)
 
 
 class DenseMLP(nn.Module):
@@ -80,6 +100,10 @@ class DenseMLP(nn.Module):
         gate_DF = declare(self, "gate", (c.model_dim, self.width), ("embed", self.axis), init, c.param_dtype)
         up_DF = declare(self, "up", (c.model_dim, self.width), ("embed", self.axis), init, c.param_dtype)
         down_FD = declare(self, "down", (self.width, c.model_dim), (self.axis, "embed"), out_init, c.param_dtype)
-        a_BTF = nn.silu(project(x_BTD, gate_DF)) * project(x_BTD, up_DF)
+        biases: list[jax.Array | None] = [None, None, None]
+        if c.mlp_bias:
+            named = (("gate_bias", self.width, self.axis), ("up_bias", self.width, self.axis))
+            biases = [declare_bias(self, *one, c) for one in (*named, ("down_bias", c.model_dim, "embed"))]
+        a_BTF = nn.silu(plus(project(x_BTD, gate_DF), biases[0])) * plus(project(x_BTD, up_DF), biases[1])
         record(self, "neurons", a_BTF, mask_BT)
-        return project(a_BTF, down_FD)
+        return plus(project(a_BTF, down_FD), biases[2])

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels import grouped_matmul, routing
-from kwaicoder_jax.models import expert_statistics
-from kwaicoder_jax.models.config import ExpertsConfig, ModelConfig, Router, Runtime
+from kwaicoder_jax.models import expert_biases, expert_statistics
+from kwaicoder_jax.models.config import ModelConfig, Runtime
 from kwaicoder_jax.models.expert_sharding import neuron_axis, on_each_shard, token_mesh
-from kwaicoder_jax.models.layers import DenseMLP, declare, project
+from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
+from kwaicoder_jax.models.layers import DenseMLP, declare, declare_bias, project
 from kwaicoder_jax.models.statistics import recording, store
 
 
@@ -67,15 +68,31 @@ def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig, selection_ME: j
         if experts.router is Router.SOFTMAX_TOPK_RENORMALISED:
             weight_MX = weight_MX / jnp.sum(weight_MX, axis=-1, keepdims=True)
     else:
-        weight_MX = experts.routed_scale * jax.nn.softmax(jax.nn.log_sigmoid(top_MX), axis=-1)
+        return experts.routed_scale * jax.nn.softmax(jax.nn.log_sigmoid(top_MX), axis=-1), index_MX, probability_ME
+    if experts.routed_scale != 1.0:
+        weight_MX = experts.routed_scale * weight_MX
     return weight_MX, index_MX, probability_ME
 
 
-def selection(logits_ME: jax.Array, bias_E: jax.Array | None) -> jax.Array | None:
-    """What a biased sigmoid router ranks by, float32: sigmoid + bias; None where the logits themselves will do."""
-    if bias_E is None:
+def selection(logits_ME: jax.Array, bias_E: jax.Array | None, experts: ExpertsConfig) -> jax.Array | None:
+    """What experts are ranked by, float32; None where the logits themselves will do.
+
+    That is the score (sigmoid or softmax of the logits), plus the bias if there is one, and minus infinity for experts
+    outside of a token's best groups (DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, 2412.19437).
+    """
+    if bias_E is None and not experts.limited:
         return None
-    return jax.lax.stop_gradient(jax.nn.sigmoid(logits_ME) + bias_E.astype(jnp.float32)[None, :])
+    score_ME = jax.nn.sigmoid(logits_ME) if experts.router is Router.SIGMOID else jax.nn.softmax(logits_ME, axis=-1)
+    if bias_E is not None:
+        score_ME = score_ME + bias_E.astype(jnp.float32)[None, :]
+    if experts.limited:
+        best = 1 if experts.group_score is GroupScore.MAX else 2
+        score_MGE = score_ME.reshape(-1, experts.groups, experts.num_experts // experts.groups)
+        group_MG = jnp.sum(jax.lax.top_k(score_MGE, best)[0], axis=-1)
+        _, chosen_MC = jax.lax.top_k(group_MG, experts.top_groups)
+        open_MG = jnp.any(jax.nn.one_hot(chosen_MC, experts.groups, dtype=jnp.bool_), axis=1)
+        score_ME = jnp.where(open_MG[:, :, None], score_MGE, -jnp.inf).reshape(score_ME.shape)
+    return jax.lax.stop_gradient(score_ME)
 
 
 def router_statistics(
@@ -122,6 +139,10 @@ class MoE(nn.Module):
             "MD,DE->ME", x_MD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
 
+        weights = (gate_EDF, up_EDF, down_EFD)
+        if e.bias:
+            x_MD, weights = expert_biases.with_one(x_MD), expert_biases.widened(weights, *self._biases())
+
         mesh, wanted, backend = token_mesh(x_BTD, x_BTD.shape[0]), recording(self), self.runtime.experts
 
         def route_and_compute(router: _Router, x_MD: jax.Array, *weights: Any) -> tuple[jax.Array, _Rest]:
@@ -130,23 +151,34 @@ class MoE(nn.Module):
             order = routing.sort_by_expert(choice[1], e.num_experts)
             if mask_M is None:
                 return grouped_matmul.expert_mlp(x_MD, choice[0], order, *weights, backend=backend), (choice, None)
-            axis = neuron_axis(mesh, e.mlp_dim)
+            axis = neuron_axis(mesh, e.mlp_dim + e.bias)
             y_MD, sums = expert_statistics.expert_mlp(
                 x_MD, choice[0], order, weights, mask_M, time=x_BTD.shape[1], backend=backend, neuron_axis=axis
             )
             return y_MD, (choice, sums)
 
         mask_M = mask_BT.reshape(-1)
-        router = (logits_ME, selection(logits_ME, bias_E), mask_M if wanted else None)
-        y_MD, (choice, sums) = on_each_shard(route_and_compute, mesh, router, x_MD, gate_EDF, up_EDF, down_EFD)
+        router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
+        y_MD, (choice, sums) = on_each_shard(route_and_compute, mesh, router, x_MD, *weights)
         weight_MX, index_MX, probability_ME = choice
+        y_MD = y_MD[:, : c.model_dim] if e.bias else y_MD
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
         if sums is not None:
             output_E, neurons = expert_statistics.reduce(sums, index_MX, mask_BT)
             store(self, "experts", output_E)
-            store(self, "expert_neurons", neurons)
+            store(self, "expert_neurons", jax.tree.map(lambda sums_EF: sums_EF[:, : e.mlp_dim], neurons))
         y_BTD = y_MD.reshape(x_BTD.shape).astype(c.dtype)
         return (y_BTD + self._shared(x_BTD, mask_BT) if e.shared_mlp_dim else y_BTD), statistics
+
+    def _biases(self) -> list[jax.Array]:
+        """Of gate, up and down, in a compact call."""
+        c, e = self.config, self.config.experts
+        assert e is not None
+        axes = {"gate": ("expert_mlp", e.mlp_dim), "up": ("expert_mlp", e.mlp_dim), "down": ("embed", c.model_dim)}
+        return [
+            declare_bias(self, f"{name}_bias", (e.num_experts, size), ("experts", axis), c)
+            for name, (axis, size) in axes.items()
+        ]
 
     def _shared(self, x_BTD: jax.Array, mask_BT: jax.Array) -> jax.Array:
         """The always-on expert, in a compact call."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.traverse_util
@@ -22,15 +22,38 @@ Params = Any  # one nested dict of arrays; layer parameters carry a leading laye
 
 @dataclasses.dataclass(frozen=True)
 class Declaration:
-    """One parameter as its module declares it: shape, dtype and the name of each of its axes."""
+    """One parameter as its module declares it: shape, dtype and the name of each of its axes.
+
+    Attributes:
+      shape: with a leading axis of layers inside a stack.
+      dtype: as it is stored.
+      axes: the logical name of each axis.
+      kind: "scale" of a norm, "bias" (added to something), or "matrix" (multiplies activations, or is looked up in).
+    """
 
     shape: tuple[int, ...]
     dtype: jnp.dtype
     axes: tuple[str, ...]
+    kind: Literal["matrix", "bias", "scale"] = "matrix"
 
     def axis(self, name: str) -> int | None:
         """The position of the axis called `name`, or None."""
         return self.axes.index(name) if name in self.axes else None
+
+    @property
+    def inner_axes(self) -> tuple[str, ...]:
+        """The axes of one layer."""
+        return self.axes[1:] if self.axes[:1] in (("layers",), ("dense_layers",)) else self.axes
+
+    @property
+    def of_experts(self) -> bool:
+        """Whether it belongs to the routed experts, one part to each; the router does not."""
+        return self.inner_axes[:1] == ("experts",) and len(self.inner_axes) > 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether what it makes is added to the residual stream."""
+        return self.kind != "scale" and self.inner_axes != self.axes and self.axes[-1] == "embed"
 
 
 def _example(length: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -42,7 +65,14 @@ def _example(length: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
 def _declarations(config: ModelConfig) -> dict[str, Declaration]:
     boxed = jax.eval_shape(lambda key: Transformer(config).init(key, *_example())["params"], jax.random.key(0))
     flat = flax.traverse_util.flatten_dict(boxed, sep="/")
-    return {name: Declaration(box.value.shape, box.value.dtype, box.names) for name, box in flat.items()}
+    return {name: Declaration(box.value.shape, box.value.dtype, box.names, _kind(name)) for name, box in flat.items()}
+
+
+def _kind(name: str) -> Literal["matrix", "bias", "scale"]:
+    """By the last part of the name, a convention that the modules keep: "scale", "query_bias", "gate"."""
+    if name.endswith("/scale"):
+        return "scale"
+    return "bias" if name.endswith("bias") else "matrix"
 
 
 def declarations(config: ModelConfig) -> dict[str, Declaration]:
@@ -80,9 +110,7 @@ def count_active(config: ModelConfig) -> int:
     experts = config.experts
     if experts is None:
         return count(config)
-    per_expert = sum(
-        math.prod(d.shape) // experts.num_experts for d in _declarations(config).values() if "expert_mlp" in d.axes
-    )
+    per_expert = sum(math.prod(d.shape) // experts.num_experts for d in _declarations(config).values() if d.of_experts)
     return count(config) - per_expert * (experts.num_experts - experts.experts_per_token)
 
 
@@ -134,6 +162,11 @@ def forward(
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """A cache of `slots` tokens for `batch` rows."""
-    shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
-    zeros_LBSKN, zeros_BS = jnp.zeros(shape, config.dtype), jnp.zeros((batch, slots), jnp.int32)
-    return Cache(zeros_LBSKN, zeros_LBSKN, zeros_BS, zeros_BS, jnp.zeros((), jnp.int32))
+    heads, key_width, value_width = config.kv_heads, config.head_dim, config.head_dim
+    if config.mla is not None:
+        heads, key_width, value_width = 1, config.mla.rope_dim, config.mla.kv_rank
+    key_LBSKN, value_LBSKN = (
+        jnp.zeros((config.layers, batch, slots, heads, width), config.dtype) for width in (key_width, value_width)
+    )
+    zeros_BS = jnp.zeros((batch, slots), jnp.int32)
+    return Cache(key_LBSKN, value_LBSKN, zeros_BS, zeros_BS, jnp.zeros((), jnp.int32))

@@ -1,4 +1,4 @@
-"""The decoder: embedding, a scan over identical layers, final norm. The vocabulary projection is `models.vocabulary`."""
+"""The decoder: embedding, scans over identical layers, final norm. The vocabulary projection is `models.vocabulary`."""
 
 from typing import Any
 
@@ -7,10 +7,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kwaicoder_jax.models.attention import Attention, Cache, Tokens
+from kwaicoder_jax.models.attention import Attention, Cache, LayerCache, Tokens
 from kwaicoder_jax.models.config import ModelConfig, Runtime
+from kwaicoder_jax.models.latent_attention import LatentAttention
 from kwaicoder_jax.models.layers import DenseMLP, RMSNorm, declare
 from kwaicoder_jax.models.moe import MoE, RouterStatistics
+from kwaicoder_jax.models.rotary import document_lengths, is_dynamic
 from kwaicoder_jax.models.statistics import COLLECTION, influence, recording, store
 
 
@@ -22,7 +24,7 @@ class Output:
       hidden_BTD: final-normed hidden states, the input of the vocabulary projection.
       embedded_BTD: the embedding output.
       layers_LBTD: the residual stream after each layer, if `collect_layers`; else None.
-      router: RouterStatistics with a leading layer axis for a mixture; else None.
+      router: RouterStatistics with a leading axis of the layers that are mixtures; None for a dense model.
       cache: the updated cache, if one was given.
       statistics: what the modules recorded, if asked for.
     """
@@ -41,17 +43,22 @@ class Layer(nn.Module):
     config: ModelConfig
     runtime: Runtime
     collect_layers: bool
+    mixture: bool
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, tokens: Tokens, layer_cache: tuple[jax.Array, jax.Array] | None):
-        c = self.config
+    def __call__(self, x_BTD: jax.Array, tokens: Tokens, own: tuple[LayerCache | None, jax.Array | None]):
+        """`own` is what this layer alone has: its cache and its window."""
+        c, (layer_cache, window) = self.config, own
+        if window is not None:
+            tokens = tokens.replace(window=window)  # type: ignore[attr-defined]
         mask_BT = tokens.segments_BT > 0
         normed_BTD = RMSNorm(c, name="attention_norm")(x_BTD, mask_BT)
-        mixed_BTD, layer_cache = Attention(c, self.runtime, name="attention")(normed_BTD, tokens, layer_cache)
+        kind = Attention if c.mla is None else LatentAttention
+        mixed_BTD, layer_cache = kind(c, self.runtime, name="attention")(normed_BTD, tokens, layer_cache)
         h_BTD = x_BTD + mixed_BTD
         normed_BTD = RMSNorm(c, name="mlp_norm")(h_BTD, mask_BT)
         router = None
-        if c.experts is None:
+        if not self.mixture:
             y_BTD = h_BTD + DenseMLP(c, c.mlp_dim, name="mlp")(normed_BTD, mask_BT)
         else:
             mixed_BTD, router = MoE(c, self.runtime, name="moe")(normed_BTD, mask_BT)
@@ -87,22 +94,47 @@ class Transformer(nn.Module):
             k_segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, start)
             tokens = Tokens(positions_BT, segments_BT, k_positions_BS, k_segments_BS, cache.index)
             layer_caches = (cache.key_LBSKN, cache.value_LBSKN)
+        if is_dynamic(c):
+            tokens = tokens.replace(lengths_BT=document_lengths(positions_BT, segments_BT))  # type: ignore[attr-defined]
 
-        layer = Layer
-        if self.runtime.remat == "full":
-            layer = nn.remat(Layer, prevent_cse=False)
-        stack = nn.scan(
-            layer,
-            variable_axes={"params": 0, COLLECTION: 0},
-            split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0),
-            length=c.layers,
-            unroll=self.runtime.scan_unroll or c.layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, self.runtime, self.collect_layers, name="layers")
-        x_BTD, (layers_LBTD, router, layer_caches) = stack(x_BTD, tokens, layer_caches)
+        own = (layer_caches, jnp.asarray(c.windows, jnp.int32) if c.windows else None)
+        outputs = []
+        if c.dense_layers:
+            first, own = (jax.tree.map(lambda x, part=part: x[part], own) for part in _parts(c.dense_layers))
+            x_BTD, output = self._stack("dense_layers", c.dense_layers)(x_BTD, tokens, first)
+            outputs.append(output)
+        x_BTD, output = self._stack("layers", c.layers - c.dense_layers)(x_BTD, tokens, own)
+        layers_LBTD, layer_caches = (_joined([o[at] for o in (*outputs, output)]) for at in (0, 2))
         hidden_BTD = RMSNorm(c, name="final_norm")(x_BTD, segments_BT > 0)
         if cache is not None:
             advanced = cache.index + inputs_BT.shape[1]
             cache = Cache(layer_caches[0], layer_caches[1], tokens.k_positions_BS, tokens.k_segments_BS, advanced)
-        return Output(hidden_BTD, embedded_BTD, layers_LBTD, router, cache)
+        return Output(hidden_BTD, embedded_BTD, layers_LBTD, output[1], cache)
+
+    def _stack(self, name: str, length: int) -> nn.Module:
+        """A scan over `length` layers, whose parameters are `name`/..."""
+        layer = Layer
+        if self.runtime.remat == "full":
+            layer = nn.remat(Layer, prevent_cse=False)
+        return nn.scan(
+            layer,
+            variable_axes={"params": 0, COLLECTION: 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=length,
+            unroll=self.runtime.scan_unroll or length,
+            metadata_params={nn.PARTITION_NAME: name},
+        )(self.config, self.runtime, self.collect_layers, self._is_mixture(name), name=name)
+
+    def _is_mixture(self, stack: str) -> bool:
+        return self.config.experts is not None and stack == "layers"
+
+
+def _parts(count: int) -> tuple[slice, slice]:
+    """The first `count` layers and the rest."""
+    return slice(None, count), slice(count, None)
+
+
+def _joined(parts: list[Any]) -> Any:
+    """One tree with the layers of all stacks, in their order."""
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)

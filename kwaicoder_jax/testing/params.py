@@ -26,7 +26,7 @@ def random_params(config: ModelConfig, seed: int = 0, scale: float = 1.0) -> Par
     flat = {}
     for name, declaration in declarations(config).items():
         rng = np.random.default_rng((seed, zlib.crc32(name.encode())))
-        if name.endswith("scale"):
+        if declaration.kind == "scale":
             values = rng.uniform(0.5, 1.5, declaration.shape)
         else:
             values = rng.standard_normal(declaration.shape) * (scale * _standard_deviation(declaration))
@@ -35,12 +35,15 @@ def random_params(config: ModelConfig, seed: int = 0, scale: float = 1.0) -> Par
 
 
 def _standard_deviation(declaration: Declaration) -> float:
-    """1 / sqrt(fan-in), read off the logical axes: a matrix maps to `embed` where that axis is last, else from it."""
+    """1 / sqrt(fan-in), read off the logical axes: a matrix maps to `embed` where that axis is last, else from its first.
+
+    Biases are smaller than what they are added to: activations of size 1, or sigmoids of spread 0.2 in a router.
+    """
     sizes = dict(zip(declaration.axes, declaration.shape))
-    if "embed" not in sizes:  # the selection bias of a router, beside sigmoids of spread 0.2
-        return 0.1
+    if declaration.kind == "bias":
+        return 0.1 if declaration.inner_axes == ("experts",) else 0.3
     if "vocab" in sizes:
         return LOGIT_STD / math.sqrt(sizes["embed"])
-    if declaration.axes[-1] == "embed":
-        return 1.0 / math.sqrt(math.prod(n for axis, n in sizes.items() if axis not in ("layers", "experts", "embed")))
-    return 1.0 / math.sqrt(sizes["embed"])
+    inner = [axis for axis in declaration.inner_axes if axis != "experts" or declaration.axes[-1] == "experts"]
+    incoming = inner[:-1] if inner[-1] == "embed" else inner[:1]
+    return 1.0 / math.sqrt(math.prod(sizes[axis] for axis in incoming))

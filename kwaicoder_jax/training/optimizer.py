@@ -40,8 +40,8 @@ class OptimizerConfig:
 
 
 def decays(declaration: models.Declaration) -> bool:
-    """Matrices decay; norm scales (one axis beside the layer axis) do not."""
-    return len([axis for axis in declaration.axes if axis != "layers"]) > 1
+    """Matrices decay; norm scales and biases do not."""
+    return declaration.kind == "matrix"
 
 
 def make_optimizer(

@@ -37,9 +37,11 @@ def observe(
       The model's output, and what `reduce` returned with a leading layer axis.
     """
 
+    wanted = _MODULES[config.experts is not None]  # the dense first layers of a mixture are not shown
+
     def watch(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         module = context.module
-        if context.method_name == "__call__" and module.name in _MODULES and not module.is_initializing():
+        if context.method_name == "__call__" and module.name == wanted and not module.is_initializing():
             seen = reduce(args[0], module.variables["params"], args[1])
             module.sow(COLLECTION, _ENTRY, seen, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         return call(*args, **kwargs)
@@ -48,5 +50,4 @@ def observe(
         output = models.forward(
             params, config, *tokens, runtime=runtime, statistics=True, collect_layers=collect_layers
         )
-    (seen,) = (output.statistics["layers"][name][_ENTRY] for name in _MODULES if name in output.statistics["layers"])
-    return output, seen
+    return output, output.statistics["layers"][wanted][_ENTRY]

@@ -16,7 +16,7 @@ import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.models.layers import project
+from kwaicoder_jax.models.layers import plus, project
 from kwaicoder_jax.transforms.activations import observe
 from kwaicoder_jax.transforms.arrays import host
 from kwaicoder_jax.transforms.batches import Batch, entries
@@ -119,7 +119,8 @@ def _sums(params, tokens, key, config, runtime, fire, sketch) -> dict[str, Any]:
     signs_MS = jax.random.rademacher(key, (mask_M.size, sketch), jnp.float32) * mask_M[:, None]
 
     def reduce(x_BTD: jax.Array, p: Any, mask_BT: jax.Array) -> dict[str, jax.Array]:
-        neurons_BTF = jax.nn.silu(project(x_BTD, p["gate"])) * project(x_BTD, p["up"])
+        gate_BTF, up_BTF = (plus(project(x_BTD, p[name]), p.get(f"{name}_bias")) for name in ("gate", "up"))
+        neurons_BTF = jax.nn.silu(gate_BTF) * up_BTF
         size_MF = jnp.abs(neurons_BTF.reshape(-1, neurons_BTF.shape[-1]).astype(jnp.float32))
         least_M1 = jax.lax.top_k(size_MF, fire)[0][:, -1:]
         fires_MF = (size_MF >= least_M1).astype(jnp.float32) * mask_BT.reshape(-1, 1).astype(jnp.float32)

@@ -54,7 +54,7 @@ class Costs:
         """Reads the declarations of `config`, once."""
         self._config = config
         self._terms = [
-            (name, d.axes, dict(zip(d.axes, d.shape)), np.dtype(d.dtype).itemsize)
+            (name, d, dict(zip(d.axes, d.shape)), np.dtype(d.dtype).itemsize)
             for name, d in models.declarations(config).items()
         ]
 
@@ -63,16 +63,16 @@ class Costs:
         asked = {name: size for name, size in dataclasses.asdict(target).items() if size is not None}
         sizes = present(self._config) | asked
         params = active = size_bytes = 0
-        for _, names, full, itemsize in self._terms:
-            count, used = self._count(names, full, sizes)
+        for _, d, full, itemsize in self._terms:
+            count, used = self._count(d, full, sizes)
             params, active, size_bytes = params + count, active + used, size_bytes + count * itemsize
         return Cost(params, active, size_bytes, None if serving is None else self._decode_seconds(sizes, serving))
 
-    def _count(self, names: tuple[str, ...], full: dict[str, int], sizes: Mapping[str, int]) -> tuple[int, int]:
+    def _count(self, d: models.Declaration, full: dict[str, int], sizes: Mapping[str, int]) -> tuple[int, int]:
         """Parameters of one declaration, and those of them that a token uses."""
         cut = axes(dict(sizes))
-        count = math.prod(cut.get(name, full[name]) for name in names)
-        if "expert_mlp" not in names:
+        count = math.prod(cut.get(name, full[name]) for name in d.axes)
+        if not d.of_experts:
             return count, count
         return count, count // sizes["experts"] * sizes["experts_per_token"]
 
@@ -83,19 +83,26 @@ class Costs:
         step as they are stored; of an untied embedding only the looked-up rows, which are not counted; of E experts
         the share that B tokens touch when each picks X of them evenly, 1 - (1 - X/E)^B.
         FLOPs = B * (2 per active parameter of a product + 4 * L * H * N * context for scores and mix).
+        Latent attention caches R + P a layer instead, and all heads attend to that: 2 * L * H * (2R + P) * context.
+        Of a windowed layer the cache is read as far as the window goes, on average over the layers as they are.
         The chip's peak is its bf16 peak. A bound from below: no overhead, no interconnect, one chip.
         """
         c, B = self._config, serving.batch
         weights = products = 0.0
-        for name, names, full, itemsize in self._terms:
-            count, used = self._count(names, full, sizes)
+        for name, d, full, itemsize in self._terms:
+            count, used = self._count(d, full, sizes)
             touched = 1.0
-            if "expert_mlp" in names:
+            if d.of_experts:
                 touched = 1.0 - (1.0 - sizes["experts_per_token"] / sizes["experts"]) ** B
             lookup_only = name == "embedding" and not c.tie_embeddings
             weights += 0.0 if lookup_only else count * itemsize * touched
-            products += used if len(names) - ("layers" in names) > 1 and not lookup_only else 0
-        heads_width = sizes["layers"] * c.head_dim
-        cached = serving.context * 2.0 * heads_width * sizes["kv_heads"] * jnp.dtype(c.dtype).itemsize
-        flops = 2.0 * products + 4.0 * heads_width * sizes["heads"] * serving.context
+            products += used if d.kind == "matrix" and not lookup_only else 0
+        reach = [min(window or serving.context, serving.context) for window in c.windows or (0,)]
+        visible = sizes["layers"] * sum(reach) / len(reach)
+        if c.mla is None:
+            cached, attended = 2.0 * c.head_dim * sizes["kv_heads"], 2.0 * c.head_dim
+        else:
+            cached, attended = c.mla.kv_rank + c.mla.rope_dim, 2.0 * c.mla.kv_rank + c.mla.rope_dim
+        cached *= visible * jnp.dtype(c.dtype).itemsize
+        flops = 2.0 * products + 2.0 * attended * sizes["heads"] * visible
         return serving.chip.seconds(B * flops, weights + B * cached)

@@ -18,6 +18,7 @@ from kwaicoder_jax.transforms import parameterwise, upcycle
 from kwaicoder_jax.transforms.arrays import Array, namespace, take
 
 Record = parameterwise.Record
+_SHARED_BIAS = "/shared/down_bias"  # zero when it was made, so that no factor is recorded
 AVERAGE = "average"
 
 
@@ -96,7 +97,7 @@ def sources(record: Record, name: str, layer: int | None = None) -> dict[str, in
     if name in declared:
         return {name: layer if "layers" in declared[name].axes else None}
     dense_declared = models.declarations(dense)
-    made_of = record["upcycle"]["factors"]
+    made_of = [*record["upcycle"]["factors"], *(n for n in declared if n.endswith(_SHARED_BIAS))]
     return {other: layer for other in made_of if upcycle.dense_name(dense_declared, other) == name}
 
 
@@ -104,7 +105,11 @@ def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | 
     """See `parameterwise.Transform`: passed on, or the replica's experts joined."""
     if name in arrays:
         return arrays[name]
-    first, *others = _replicas(record, name, arrays, layer)
+    return _mean(_replicas(record, name, arrays, layer))
+
+
+def _mean(arrays: list[Array]) -> Array:
+    first, *others = arrays
     if not others:
         return first
     # The mean as first + mean of differences: replicas that are still equal come back as they are.
@@ -133,6 +138,8 @@ def _replicas(record: Record, name: str, arrays: dict[str, Array], layer: int | 
     mixture, dense = parameterwise.configs(record)
     declared, made = models.declarations(mixture), record["upcycle"]
     axes = models.declarations(dense)[name].axes
+    if "mlp" not in axes:
+        return [_output_bias(made, arrays, declared, replica) for replica in record["replicas"]]
     axis = axes.index("mlp")
     here = slice(None) if layer is None else slice(layer, layer + 1)
     (routed,) = (n for n in arrays if "expert_mlp" in declared[n].axes)
@@ -145,6 +152,19 @@ def _replicas(record: Record, name: str, arrays: dict[str, Array], layer: int | 
         place = _places(made, replica, here)
         result.append(whole if place is None else take(whole, place, axis, axes=axes))
     return result
+
+
+def _output_bias(
+    made: Record, arrays: dict[str, Array], declared: dict[str, models.Declaration], replica: int
+) -> Array:
+    """The bias on the output: the mean over a replica's experts without the factor, and what the shared expert has."""
+    (routed,) = (n for n in arrays if declared[n].of_experts)
+    experts, count = declared[routed].axes.index("experts"), made["granularity"]
+    parts = [arrays[routed][(slice(None),) * experts + (replica * count + shard,)] for shard in range(count)]
+    own = _over(_mean(parts), made["factors"][routed])
+    for name in arrays:
+        own = own if name == routed else own + _over(arrays[name], made["shared"]["scale"])
+    return own
 
 
 def _join(array: Array, axes: tuple[str, ...], replica: int, granularity: int) -> Array:

@@ -31,7 +31,7 @@ def count(
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1]).astype(jnp.float32)
     router_DE = params["router"].astype(jnp.float32)
     logits_ME = jnp.einsum("MD,DE->ME", x_MD, router_DE, precision=jax.lax.Precision.HIGHEST)
-    ranked_by_ME = selection(logits_ME, params.get("router_bias"))
+    ranked_by_ME = selection(logits_ME, params.get("router_bias"), experts)
     _, index_MX, _ = models.choose_experts(logits_ME, experts, ranked_by_ME)
     return count_choice(
         logits_ME if ranked_by_ME is None else ranked_by_ME, index_MX, mask_BT.reshape(-1), granularity=granularity

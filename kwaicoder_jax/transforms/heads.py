@@ -11,6 +11,7 @@ KV group, whose heads read the same keys; a group that goes as a whole leaves no
 
 import numpy as np
 
+from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms.arrays import Array, namespace, take
 
@@ -53,6 +54,16 @@ def check_merge(before: int, after: int) -> None:
         raise UserError(
             f"{after} of the {before} heads in each KV group cannot take up the other {before - after}",
             where="prune.head_merge", remedy=f"keep {-(-before // 2)} or more in each group, or prune.head_merge=False",
+        )  # fmt: skip
+
+
+def check_linear(config: models.ModelConfig) -> None:
+    """UserError unless the scores of a merged head are those of its two heads, merged: queries have to be linear."""
+    if config.qk_norm is not models.QkNorm.NONE or config.qkv_clip is not None:
+        field, value = ("qk_norm", config.qk_norm) if config.qkv_clip is None else ("qkv_clip", config.qkv_clip)
+        raise UserError(
+            f"model.{field} is {value}, so the scores of a sum of two query projections are not the sum of their scores",
+            where="prune.head_merge", remedy="prune.head_merge=False",
         )  # fmt: skip
 
 

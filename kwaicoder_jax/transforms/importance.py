@@ -22,6 +22,7 @@ from kwaicoder_jax.transforms.batches import Batch, entries
 from kwaicoder_jax.transforms.layer_importance import LeaveOneOut, block_influence, leave_one_out
 from kwaicoder_jax.transforms.measurements import Measurements
 from kwaicoder_jax.transforms.scores import Scores
+from kwaicoder_jax.transforms.target import check_one_stack
 
 __all__ = ["Aggregation", "LeaveOneOut", "Measurements", "Scores", "collect", "leave_one_out", "measure"]
 
@@ -73,6 +74,7 @@ def measure(
     is cheaper, and the others cannot be read then.
     """
     models.check(params, config)
+    check_one_stack(config)
     inner = None if sequence is None else Aggregation.parse(sequence, "sequence")
     options = {"config": config, "runtime": runtime or models.Runtime(), "sequence": inner, "blocks": blocks}
     total: Any = None

@@ -76,9 +76,11 @@ def _loss(
     """Sum of the loss over the batch and the sum of its mask, of the layers where `kept_L` is 1."""
     masked = {}
     for name, array in models.flatten(params).items():
-        axes = models.declarations(config)[name].axes
-        if axes[0] == "layers" and axes[-1] == "embed" and len(axes) > 2:  # writes to the residual stream
-            array = array * kept_L.reshape(-1, *(1 for _ in axes[1:])).astype(array.dtype)
+        d = models.declarations(config)[name]
+        if d.writes:
+            dense = config.dense_layers
+            own_L = kept_L[:dense] if d.axes[0] == "dense_layers" else kept_L[dense:]
+            array = array * own_L.reshape(-1, *(1 for _ in d.axes[1:])).astype(array.dtype)
         masked[name] = array
     output = models.forward(models.unflatten(masked), config, inputs_BT, positions_BT, segments_BT, runtime=runtime)
     mask_BT = mask_BT.astype(jnp.float32)

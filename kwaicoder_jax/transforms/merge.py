@@ -112,6 +112,13 @@ _experts_on_device = functools.partial(
 )(_experts)
 
 
+def copies(array: Array, count: int, axis: int, factor: float) -> Array:
+    """`count` equal experts along a new axis: a bias on the output, which knows no neurons, scaled."""
+    xp = namespace(array)
+    array = xp.expand_dims(scaled(array, factor), axis)
+    return xp.broadcast_to(array, (*array.shape[:axis], count, *array.shape[axis + 1 :]))
+
+
 def shared(array: Array, axes: tuple[str, ...], neurons_LS: np.ndarray, factor: float) -> Array:
     """The shared expert's matrix: the neurons of each layer of a matrix with axes `axes`, scaled."""
     return scaled(take(array, neurons_LS, axes.index("mlp"), axes=axes), factor)

@@ -103,8 +103,10 @@ def moment_factors(record: Record, second_moment: str = SecondMoment.BETWEEN) ->
     noise = {SecondMoment.SIGNAL: 0.0, SecondMoment.NOISE: 1.0, SecondMoment.BETWEEN: 0.5}[chosen]
     factors = {}
     for name, s in record["factors"].items():
-        routed = "expert_mlp" in declared[name].axes
-        copies, served = (replicas, top) if routed else (1, 1)
+        d = declared[name]
+        copies, served = (replicas, top) if d.of_experts else (1, 1)
+        if d.of_experts and "expert_mlp" not in d.axes:  # the bias on the output is in every shard, too
+            copies, served = copies * record["granularity"], served * record["granularity"]
         factors[name] = (1 / (s * copies), 1 / (s * copies) ** 2 * (copies / served) ** noise)
     return factors
 

@@ -84,14 +84,18 @@ def plan(
 ) -> Record:
     """Decides what to keep, without touching a parameter; arguments, record and errors as in `apply`."""
     _check_scores(config, scores)
-    sizes, student_config = target.resolve(config), target.apply(config)
-    layers_L = depth.keep(scores, student_config.layers, layer_scores, protect_ends)
+    sizes = target.resolve(config)
+    assert sizes.layers is not None
+    layers_L = depth.keep(scores, sizes.layers, layer_scores, protect_ends)
+    student_config = target.apply(config, layers_L.tolist())
     channels_D = heads.best(scores.channels_D, student_config.model_dim)
     to_heads, to_groups, heads_LH = student_config.heads, student_config.kv_heads, scores.heads_LH[layers_L]
     kept_LH, kept_LK = heads.keep(heads_LH, scores.groups_LK[layers_L], to_heads, to_groups)
     kept = {"layers": layers_L, "embed": channels_D, "heads": kept_LH, "kv_heads": kept_LK}
     kept |= _keep_neurons(config, scores, sizes, layers_L)
     merging = head_merge and to_heads // to_groups < config.heads // config.kv_heads
+    if merging:
+        heads.check_linear(config)
     merged = heads.partners(heads_LH, kept_LK, to_heads, config.kv_heads).tolist() if merging else []
     return {
         "kept": {axis: index.tolist() for axis, index in kept.items()},
@@ -181,12 +185,12 @@ def _needed(scores: Scores, name: str, field: str) -> np.ndarray:
 def _norm_factors(
     config: models.ModelConfig, scores: Scores, layers_L: np.ndarray, channels_D: np.ndarray
 ) -> dict[str, Any]:
-    """sqrt(rho * D / D') per norm; the norms are the parameters whose only axis beside layers is the channels."""
+    """sqrt(rho * D / D') per norm of the channels."""
     factors: dict[str, Any] = {}
     if len(channels_D) == config.model_dim:
         return factors
     for name, d in models.declarations(config).items():
-        if tuple(axis for axis in d.axes if axis != "layers") != ("embed",):
+        if d.kind != "scale" or d.inner_axes != ("embed",):
             continue
         stacked = "layers" in d.axes
         share = getattr(scores, f"{name.split('/')[-2]}_{'LD' if stacked else 'D'}")

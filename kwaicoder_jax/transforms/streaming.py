@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kwaicoder_jax import checkpoints, files, models
@@ -20,6 +21,7 @@ from kwaicoder_jax.transforms import parameterwise
 from kwaicoder_jax.transforms.parameterwise import Record, Transform
 
 MEMORY_BYTES = 2**30
+PIECE = 2**18  # numbers that are looked at together: they stay in a core's cache
 WORKERS = 5  # some read and compute, which takes memory, while others wait for the disk
 
 
@@ -47,8 +49,8 @@ def run(
       memory_bytes: of arrays held at once; a single piece may need more, and is then worked on alone.
 
     Raises:
-      UserError: a record of another model, tensors that are missing or of another shape, a full disk, or a folder
-        where other work was begun.
+      UserError: a record of another model, tensors that are missing, of another shape or not finite, a full disk, or a
+        folder where other work was begun.
     """
     tensors = source if isinstance(source, checkpoints.Tensors) else checkpoints.open_tensors(source)
     plan = _Plan(transform, record, tensors)
@@ -110,8 +112,22 @@ class _Plan:
         """The slice, [1, ...] for a layer."""
         sources = self._transform.sources(self._record, name, layer)
         arrays = {source: self._tensors[source].read(each) for source, each in sources.items()}
+        for source, array in arrays.items():
+            if not _is_finite(array):
+                what = f"{source} holds numbers that are not finite"
+                raise UserError(what, where="source", remedy="it diverged or is damaged: run its stage again")
         array = np.asarray(self._transform.parameter(self._record, name, arrays, layer))
         return array if arrays else array.astype(self.specs[name].dtype)
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite, in no memory to speak of: by the exponents, a piece at a time."""
+    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}.get(array.dtype.itemsize)
+    if bits is None or not jnp.issubdtype(array.dtype, jnp.floating):
+        return True
+    exponent = np.array(np.inf, array.dtype).reshape(1).view(bits)[0]  # all ones: NaN or infinite
+    flat = np.ascontiguousarray(array).reshape(-1).view(bits)
+    return not any(((flat[at : at + PIECE] & exponent) == exponent).any() for at in range(0, flat.size, PIECE))
 
 
 def _write(

@@ -1,6 +1,7 @@
 """The shape to prune to: sizes, what they mean in a model's config, and which of them cannot be."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from kwaicoder_jax import models
@@ -65,25 +66,40 @@ class Target:
                     f"{asked} cannot be kept of {have[name]}", where=f"{WHERE}.{name}", remedy=f"use 1 to {have[name]}"
                 )
         _check_heads(config, sizes["heads"], sizes["kv_heads"])
+        _check_norm(config, sizes["heads"], sizes["kv_heads"])
         if sizes.get("experts", 1) < sizes.get("experts_per_token", 1):
             raise UserError(
                 f"a token uses {sizes['experts_per_token']} experts of the {sizes['experts']} that are kept",
                 where=f"{WHERE}.experts",
                 remedy=f"keep {sizes['experts_per_token']} or more, or set {WHERE}.experts_per_token",
             )
+        if config.experts is not None and config.experts.limited and sizes["experts"] < have["experts"]:
+            raise UserError(
+                f"a token's experts come from {config.experts.top_groups} of {config.experts.groups} groups of equal size",
+                where=f"{WHERE}.experts", remedy="leave it out, or set model.experts.groups and top_groups to 1",
+            )  # fmt: skip
         return Target(**sizes)
 
-    def apply(self, config: models.ModelConfig) -> models.ModelConfig:
-        """The config of `config`'s model cut to this target."""
+    def apply(self, config: models.ModelConfig, layers: Sequence[int] | None = None) -> models.ModelConfig:
+        """The config of `config`'s model cut to this target.
+
+        Args:
+          config: the model.
+          layers: those that are kept, for their windows; default the first ones.
+        """
         sizes = {name: size for name, size in dataclasses.asdict(self.resolve(config)).items() if size is not None}
         inside = {field: sizes.pop(name) for name, field in _OF_EXPERTS.items() if name in sizes}
         if config.experts is not None:
-            sizes["experts"] = dataclasses.replace(config.experts, **inside)
+            sizes["experts"] = dataclasses.replace(config.experts, **inside, **_ungrouped(config.experts))
+        if config.windows:
+            kept = range(sizes["layers"]) if layers is None else layers
+            sizes["windows"] = tuple(config.windows[layer] for layer in kept)  # type: ignore[assignment]
         return config.replace(**sizes)
 
 
 def present(config: models.ModelConfig) -> dict[str, int]:
-    """The sizes that a model has, by field of Target."""
+    """The sizes that a model has, by field of Target; UserError for a model that cannot be cut."""
+    check_one_stack(config)
     names = ["layers", "model_dim", "mlp_dim", "heads", "kv_heads"]
     if config.experts is None:
         return {name: getattr(config, name) for name in names}
@@ -91,6 +107,15 @@ def present(config: models.ModelConfig) -> dict[str, int]:
     sizes = {name: getattr(config, name) for name in names}
     sizes |= {name: getattr(config.experts, field) for name, field in _OF_EXPERTS.items()}
     return {name: size for name, size in sizes.items() if size}
+
+
+def check_one_stack(config: models.ModelConfig) -> None:
+    """UserError for a model with dense layers before its mixture: measuring and cutting know one stack of layers."""
+    if config.dense_layers:
+        raise UserError(
+            f"{config.dense_layers} dense layers before a mixture are two stacks, and pruning knows one",
+            where="model.dense_layers", remedy="prune a model whose layers are all alike",
+        )  # fmt: skip
 
 
 def axes(sizes: dict[str, Any]) -> dict[str, int]:
@@ -102,6 +127,19 @@ def axes(sizes: dict[str, Any]) -> dict[str, int]:
 
 def _instead(name: str) -> str:
     return "for the neurons of a mixture set expert_dim" if name == "mlp_dim" else "leave it out"
+
+
+def _ungrouped(experts: models.ExpertsConfig) -> dict[str, Any]:
+    """Groups that keep a token from nothing do not survive: fewer experts need not form them."""
+    return {} if experts.limited else {"groups": 1, "top_groups": 1}
+
+
+def _check_norm(config: models.ModelConfig, heads: int, groups: int) -> None:
+    if config.qk_norm is models.QkNorm.FULL and (heads, groups) != (config.heads, config.kv_heads):
+        raise UserError(
+            "queries and keys are normed over all heads together (model.qk_norm is full), so that without some of them "
+            "the others would change", where=f"{WHERE}.heads", remedy="keep heads and kv_heads",
+        )  # fmt: skip
 
 
 def _check_heads(config: models.ModelConfig, heads: int, groups: int) -> None:

@@ -152,7 +152,15 @@ def plan(
         raise lossy[0]
     moe_config = config.replace(
         experts=models.ExpertsConfig(
-            replicas * granularity, used, width, chosen, routed_scale, router_bias, shared_neurons, shared_gate
+            replicas * granularity,
+            used,
+            width,
+            chosen,
+            routed_scale,
+            router_bias,
+            shared_neurons,
+            shared_gate,
+            bias=config.mlp_bias,
         )
     )
     std = config.initializer_range if router_std is None else router_std
@@ -171,7 +179,7 @@ def plan(
         "lossy_because": [error.what for error in lossy],
         "scale": factor,
         "scale_placement": str(scale_placement),
-        "factors": _factors(moe_config, *placed),
+        "factors": _factors(moe_config, *placed, bias=factor / granularity),
         "partition": {"method": str(partition), "order": _list(order_RLP)},
         "shared": {"neurons": _list(shared_LS), "gate": shared_gate, "scale": shared_scale},
         "drop": dropped,
@@ -218,6 +226,8 @@ def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | 
     axes, factor = models.declarations(dense)[source].axes, record["factors"][name]
     if "shared_mlp" in d.axes:
         return merge.shared(array, axes, np.asarray(record["shared"]["neurons"])[here], factor)
+    if "expert_mlp" not in d.axes:
+        return merge.copies(array, record["granularity"] * record["replicas"], d.axes.index("experts"), factor)
     order_RLP = record["partition"]["order"]
     if order_RLP is not None:
         order_RLP = np.asarray([lists[here] if len(lists) > 1 else lists for lists in order_RLP])  # cut, then parsed
@@ -243,18 +253,25 @@ def _new(record: Record, name: str, d: models.Declaration, here: slice) -> np.nd
 
 
 def dense_name(declared: dict[str, models.Declaration], name: str) -> str:
-    """The dense matrix that an expert matrix is made of: the one of the same last name."""
-    matrix = name.rsplit("/", 1)[1]
-    (source,) = (n for n, d in declared.items() if "mlp" in d.axes and n.endswith("/" + matrix))
+    """The dense parameter that an expert's is made of: the MLP's of the same last name."""
+    (source,) = (n for n in declared if n.split("/")[-2:] == ["mlp", name.rsplit("/", 1)[1]])
     return source
 
 
-def _factors(moe_config: models.ModelConfig, routed: dict[str, float], shared: dict[str, float]) -> dict[str, float]:
-    """The factor on each expert matrix, by parameter."""
+def _factors(
+    moe_config: models.ModelConfig, routed: dict[str, float], shared: dict[str, float], *, bias: float
+) -> dict[str, float]:
+    """The factor on each expert parameter, by name: a bias on the neurons follows its matrix.
+
+    The bias on the output is in every expert: over the T chosen ones its weights sum to G/A, so each has A/G of it, and
+    the shared expert none.
+    """
     factors = {}
     for name, d in models.declarations(moe_config).items():
         if "expert_mlp" in d.axes or "shared_mlp" in d.axes:
-            factors[name] = (routed if "expert_mlp" in d.axes else shared)[name.rsplit("/", 1)[1]]
+            factors[name] = (routed if "expert_mlp" in d.axes else shared)[name.rsplit("/", 1)[1].removesuffix("_bias")]
+        elif d.of_experts:
+            factors[name] = bias
     return factors
 
 

@@ -254,3 +254,31 @@ def test_a_record_of_another_model_is_a_user_error(tmp_path, work):
     with pytest.raises(UserError, match="source: final_norm/scale: missing"):
         streaming.run(upcycle, checkpoints.from_params(models.unflatten(lacking)), tmp_path / "moe", record, meta=META)
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, dtype, bad):
+    """Streaming compares no outputs: it has to say itself that the source cannot be anything's equal."""
+    config = testing.dense_config(layers=4, param_dtype=dtype)
+    params = jax.tree.map(np.array, model(config))
+    place = saved(tmp_path / "dense", config, params)
+    record = upcycle.plan(config, granularity=4, replicas=2)
+    streaming.run(upcycle, place, tmp_path / "good", record, meta=META)
+    params["layers"]["mlp"]["up"][2, 1, 3] = bad
+    wrong = saved(tmp_path / "wrong", config, params)
+    with pytest.raises(UserError, match="layers/mlp/up holds numbers that are not finite"):
+        streaming.run(upcycle, wrong, tmp_path / "bad", record, meta=META)
+    assert not checkpoints.is_complete(tmp_path / "bad", 0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "int32"])
+def test_the_largest_numbers_are_finite(dtype, monkeypatch):
+    monkeypatch.setattr(streaming, "PIECE", 4)
+    kind = jax.numpy.dtype(dtype)
+    limits = jax.numpy.iinfo(kind) if kind.kind == "i" else jax.numpy.finfo(kind)
+    array = np.zeros((3, 3), kind)
+    array[2] = limits.max, limits.min, -1
+    assert streaming._is_finite(array)
+    assert streaming._is_finite(array[:0])
+    assert streaming._is_finite(np.array(1, kind))
