@@ -47,17 +47,17 @@ def family_configs() -> dict[str, ModelConfig]:
 
 def _dense_families() -> dict[str, ModelConfig]:
     linear = RopeScaling(RopeKind.LINEAR, 3.0)
-    llama3 = RopeScaling(RopeKind.LLAMA3, 8.0, original_length=40, low_freq_factor=1.0, high_freq_factor=4.0)
+    llama3 = RopeScaling(RopeKind.LLAMA3, 8.0, original_length=20, low_freq_factor=0.5, high_freq_factor=2.0)
     yarn = RopeScaling(RopeKind.YARN, 4.0, original_length=12)
     uneven = dataclasses.replace(
         yarn, factor=2.5, original_length=9, beta_fast=3.0, beta_slow=0.5, attention_factor=1.3, truncate=False
     )
     every_bias = {"qkv_bias": True, "out_bias": True, "mlp_bias": True}
     return {
-        "llama": dense_config(**every_bias, rope_scaling=llama3),
+        "llama": dense_config(**every_bias, rope_theta=20.0, rope_scaling=llama3),
         "llama_linear": odd_config(rope_scaling=linear),
         "llama_dynamic": dense_config(rope_scaling=RopeScaling(RopeKind.DYNAMIC, 2.0), max_length=10),
-        "llama_yarn": odd_config(head_dim=12, rope_scaling=uneven),
+        "llama_yarn": odd_config(head_dim=12, rope_theta=5.0, rope_scaling=uneven),
         "mistral": odd_config(windows=(5, 5)),
         "qwen2": dense_config(qkv_bias=True, windows=(0, 7, 4), rope_scaling=yarn, max_length=48),
         "qwen3": odd_config(heads=6, kv_heads=3, head_dim=8, qk_norm="head"),

@@ -53,7 +53,7 @@ CASES = {
     "llama: linear": ("llama", LLAMA.replace(rope_scaling=RopeScaling("linear", 3.0))),
     "llama: dynamic": ("llama", LLAMA.replace(rope_scaling=RopeScaling("dynamic", 2.0), max_length=10)),
     "llama: yarn": ("llama", LLAMA.replace(rope_scaling=YARN)),
-    "llama: uneven yarn": ("llama", LLAMA.replace(head_dim=24, rope_scaling=UNEVEN_YARN)),
+    "llama: uneven yarn": ("llama", LLAMA.replace(head_dim=24, rope_theta=5.0, rope_scaling=UNEVEN_YARN)),
     "llama: yarn with its factor": (
         "llama", LLAMA.replace(rope_scaling=dataclasses.replace(UNEVEN_YARN, attention_factor=1.3))
     ),

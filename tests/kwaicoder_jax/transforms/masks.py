@@ -78,10 +78,11 @@ def masked(params: models.Params, config: models.ModelConfig, kept: Kept) -> mod
         for layer, expert in np.ndindex(kept["expert_mlp"].shape[:2]):
             gone = np.setdiff1d(np.arange(config.experts.mlp_dim), kept["expert_mlp"][layer, expert])
             flat["layers/moe/down"][layer, expert, gone] = 0
+    writing = ("/out", "/down", "/out_bias", "/down_bias")
     for name in flat:
-        if name.endswith(("out", "down")):
+        if name.endswith(writing):
             flat[name][np.setdiff1d(np.arange(config.layers), kept["layers"])] = 0
-        if name.endswith(("out", "down", "embedding")):
+        if name.endswith((*writing, "embedding")):
             flat[name][..., np.setdiff1d(np.arange(config.model_dim), kept["embed"])] = 0
     return models.unflatten(flat)
 

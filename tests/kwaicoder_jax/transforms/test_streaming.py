@@ -230,10 +230,16 @@ def test_other_work_is_refused(tmp_path, work, monkeypatch):
         failing(patch, 30, OSError(errno.EIO, "Input/output error"))
         with pytest.raises(UserError, match="Input/output error"):
             streaming.run(upcycle, source, target, record, meta=META)
-    other = streaming.record_of(lambda params: upcycle.apply(params, CONFIG, granularity=2, replicas=2), CONFIG)
-    for arguments in ((source, other), (checkpoints.from_params(model(CONFIG, seed=1)), record)):
+    others = [
+        upcycle.plan(CONFIG, granularity=2, replicas=2),
+        upcycle.plan(CONFIG, granularity=4, replicas=2, seed=1),  # these have tensors of the same shapes
+        upcycle.plan(CONFIG, granularity=4, replicas=2, partition="random"),
+        upcycle.plan(CONFIG, granularity=4, replicas=2, scale_placement="down"),
+    ]
+    work = [(source, other) for other in others] + [(checkpoints.from_params(model(CONFIG, seed=1)), record)]
+    for other_source, other in work:
         with pytest.raises(UserError, match="it was begun from another source"):
-            streaming.run(upcycle, arguments[0], target, arguments[1], meta=META)
+            streaming.run(upcycle, other_source, target, other, meta=META)
 
 
 def test_a_record_of_another_model_is_a_user_error(tmp_path, work):
