@@ -189,9 +189,10 @@ def export(
     place = pathlib.Path(target).absolute()
     work = {"identity": files.digest([tensors.identity, exported.texts])}
     if place.exists() and not (place.is_dir() and not any(place.iterdir())):
-        if _reads(place / "kwaicoder.json") == json.loads(exported.texts["kwaicoder.json"]) and all(
-            (place / shard.name).exists() for shard in exported.shards
-        ):
+        same = all(
+            _reads(place / name) == json.loads(exported.texts[name]) for name in ("kwaicoder.json", "config.json")
+        )
+        if same and all((place / shard.name).exists() for shard in exported.shards):
             return
         raise UserError("exists already", where=str(place), remedy="choose another folder or remove it")
     partial = place.parent / f".{place.name}.partial"

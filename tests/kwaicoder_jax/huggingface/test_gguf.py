@@ -256,4 +256,4 @@ def test_smollm2_is_transformers():
     assert testing.mean_loss(params, source.config, {
         "inputs": inputs_BT[:, :-1], "targets": inputs_BT[:, 1:], "loss_mask": np.ones((1, 199), np.float32),
         "positions": np.arange(199)[None], "segment_ids": np.ones((1, 199), np.int32),
-    }) < 2.5  # fmt: skip
+    }) < 4.0  # fmt: skip

@@ -1,5 +1,6 @@
 """Imports or exports what is named, with a pause after each file; prints every file that got its name."""
 
+import os
 import pathlib
 import sys
 import time
@@ -12,6 +13,11 @@ CHUNK_BYTES = 300
 SHARD_BYTES = 3_000
 
 
+def say(line: str) -> None:
+    """One line at once: several threads write."""
+    os.write(1, f"{line}\n".encode())
+
+
 def main() -> None:
     kind, source, target = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
     commit, write = partial._commit, shards.write
@@ -19,7 +25,7 @@ def main() -> None:
     def slowly(file):
         time.sleep(0.002)
         commit(file)
-        print(f"{file.parent.name}/{file.name}", flush=True)
+        say(f"{file.parent.name}/{file.name}")
 
     def slowly_written(folder, shard, data, written):
         def one_by_one():
@@ -28,10 +34,10 @@ def main() -> None:
                 yield run
 
         write(folder, shard, one_by_one(), written)
-        print(shard.name, flush=True)
+        say(shard.name)
 
     partial._commit, shards.write, layout.CHUNK_BYTES = slowly, slowly_written, CHUNK_BYTES
-    print("begun", flush=True)
+    say("begun")
     if kind == "import":
         opened = huggingface.open_model(source)
         meta = {"model": opened.config.to_dict(), "lineage": [], "identity": "imported"}
