@@ -6,6 +6,8 @@ Two CPU cores, no accelerator, at most 10 minutes and 6 GB. Code, documentation 
 machine train a small teacher, which is pruned, distilled, split into a mixture and trained on.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 CODE, PACKAGES, KNOWLEDGE, MATHEMATICS = "standard_library", "installed_packages", "knowledge", "mathematics"
@@ -18,10 +20,16 @@ def phase(share: float, mixture: dict[str, float], fim_rate: float, rate: dict) 
     return ConfigDict({"share": share, **shape, "mixture": mixture, "fim": fim, "rate": rate})
 
 
+def seed() -> Any:
+    """A seed of a stage's own, in place of the recipe's."""
+    return config_dict.placeholder(int)
+
+
 def training(steps: int, phases: dict[str, ConfigDict]) -> dict:
     """What every training stage has."""
     return {
         "init_from": config_dict.placeholder(str),  # a stage of this work folder, or a stage folder anywhere
+        "seed": seed(),
         "steps": steps,
         "phases": phases,
         "optimizer": {"b1": 0.9, "b2": 0.95, "epsilon": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0},
@@ -88,6 +96,7 @@ def get_config() -> ConfigDict:
         },
         "vocab_size": 4096,
         "valid_fraction": 0.04,
+        "seed": seed(),
     }
     config.model = {  # the teacher; vocab_size comes from the tokenizer
         "layers": 6,
@@ -102,6 +111,7 @@ def get_config() -> ConfigDict:
     )
     config.prune = {
         "init_from": config_dict.placeholder(str),
+        "seed": seed(),
         "steps": 16,  # calibration batches
         "calibration": phase(1.0, broad, 0.0, {"peak": 0.0}),
         "importance": {"batch": "l2", "sequence": "mean", "weight_aware": False},
@@ -126,6 +136,7 @@ def get_config() -> ConfigDict:
     }
     config.upcycle = {
         "init_from": config_dict.placeholder(str),
+        "seed": seed(),
         "granularity": 4,
         "replicas": 2,
         "top_replicas": 1,
@@ -166,6 +177,7 @@ def get_config() -> ConfigDict:
     }
     config.evaluate = {
         "init_from": config_dict.placeholder(str),
+        "seed": seed(),
         "benchmarks": ("house_functions", "infilling"),
         "data_dir": config_dict.placeholder(str),  # folder of public benchmark files
         "num_samples": 4,

@@ -7,7 +7,7 @@ Exit status: 0 done, or stopped by a signal with everything saved (`--preempt_ex
 import errno
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -37,7 +37,10 @@ def define_flags() -> Any:
     flags.DEFINE_string("workdir", None, "Folder of the whole recipe; each stage has a folder in it.")
     flags.DEFINE_bool("restart", False, "Start the stage over: what it wrote is deleted.")
     flags.DEFINE_integer("preempt_exit_code", 0, "Exit status after SIGTERM, when everything is saved.")
-    return config_flags.DEFINE_config_file("config", None, "Recipe, as in configs/demo.py; --config.field=value.")
+    return config_flags.DEFINE_config_file(
+        "config", None, "Recipe, as in configs/demo.py; --config.field=value, None for no value.",
+        sys_argv=_split_nones(sys.argv)[0],
+    )  # fmt: skip
 
 
 def main(stage: Stage) -> None:
@@ -48,12 +51,17 @@ def main(stage: Stage) -> None:
     )
 
 
-def execute(work: Callable[[Stop, Display], Any]) -> None:
-    """Parses the flags, does `work`, and exits with the status that the module's docstring gives."""
+def execute(work: Callable[[Stop, Display], Any], required: tuple[str, ...] = ("config", "workdir")) -> None:
+    """Parses the flags, does `work`, and exits with the status that the module's docstring gives.
+
+    Args:
+      work: what the command does.
+      required: the flags that it cannot do without.
+    """
     stop, display = Stop(), Display()
     stop.install()
     try:
-        parse(sys.argv)
+        parse(sys.argv, required)
         work(stop, display)
     except Stopped:
         again = "the same command without --restart" if _restarts() else "the same command"
@@ -94,24 +102,72 @@ def _lists(value: Any) -> Any:
     return value
 
 
-def parse(argv: list[str]) -> None:
+def tool_context(
+    stage: Stage, config: ConfigDict | None, defaults: Mapping[str, Any], given: Mapping[str, Any], stop: Stop,
+    display: Display,
+) -> Context:  # fmt: skip
+    """The context of a tool: a stage that needs no config, and whose fields are flags as well.
+
+    Args:
+      stage: the tool.
+      config: the recipe, if there is one.
+      defaults: of the fields of the tool's section.
+      given: those that flags name; None for a flag that was not given.
+      stop: as for any stage.
+      display: as for any stage.
+    """
+    values = {"seed": 0, "stages": (), **(_lists(config.to_dict()) if config is not None else {})}
+    section = dict(defaults) | values.get(stage.name, {})
+    values[stage.name] = section | {name: value for name, value in given.items() if value is not None}
+    workdir = files.path(_flag("workdir")).absolute() if _flag("workdir") else None
+    return Context(stage, Section(values), workdir, display, stop)
+
+
+def parse(argv: list[str], required: tuple[str, ...] = ("config", "workdir")) -> None:
     """Parses absl flags and config overrides; whatever is wrong with them becomes one UserError."""
     if {"--help", "-h", "--helpfull"} & set(argv):
-        print(sys.modules["__main__"].__doc__, flags.FLAGS.module_help("experiments.command"), sep="\n")
+        shown = [flags.FLAGS.module_help(name) for name in ("__main__", "experiments.command")]
+        print(sys.modules["__main__"].__doc__, *filter(None, shown), sep="\n")
         sys.exit(0)
+    words, nones = _split_nones(argv)
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(words)
         if (config := flags.FLAGS["config"].value) is not None:
             config.to_dict()  # a config file that cannot be loaded says so only here
+            for name in nones:
+                _set_none(config, name)
     except Exception as error:  # a config file is a program: anything can come out of it
         raise UserError(*_explain(argv, error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag", remedy="flags look like --config=FILE")
-    for name in ("config", "workdir"):
+    for name in required:
         if not flags.FLAGS[name].value:
             raise UserError(
                 "is required", where=f"--{name}", remedy="as in --config=configs/demo.py --workdir=runs/demo"
             )
+
+
+def _split_nones(argv: list[str]) -> tuple[list[str], list[str]]:
+    """The command line without `--config.field=None`, which ml_collections takes for a value; and these fields.
+
+    Of several values for one field the last one counts.
+    """
+    last = {word.partition("=")[0].lstrip("-"): at for at, word in enumerate(argv)}
+    nones = {name for name, at in last.items() if name.startswith("config.") and argv[at].endswith("=None")}
+    return (
+        [word for word in argv if word.partition("=")[0].lstrip("-") not in nones],
+        sorted(name.removeprefix("config.") for name in nones),
+    )
+
+
+def _set_none(config: ConfigDict, name: str) -> None:
+    *sections, field = name.split(".")
+    for part in sections:
+        config = config[part]
+    if field not in config:
+        raise KeyError(name)
+    with config.ignore_type():
+        config[field] = None
 
 
 def _explain(argv: list[str], error: Exception) -> tuple[str]:

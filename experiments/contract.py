@@ -10,19 +10,25 @@ of the place, so a work folder can be moved.
 import contextlib
 import dataclasses
 import datetime
+import errno
 import fcntl
 import hashlib
-import inspect
 import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from experiments import fields, sections
 from experiments.display import Display
+from experiments.fields import Fields
 from experiments.stopping import Stop
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # nobody's input is at fault: what was written is of use
+
+CHECKPOINTS = ("init_from", "teacher")  # roles of inputs that have to have one
 
 
 class Section(dict):
@@ -47,6 +53,9 @@ class Stage:
       sections: config sections beside its own that change its result.
       inputs: names or paths of the stage folders that it reads, given the config.
       other_files: by config field, the paths of files that it reads beside them; their content counts.
+      fields: of its section; checked before anything is done.
+      places: fields of its section that say where something is: what is there counts (see `contents`), not the place.
+      contents: by config field, an identity of what is there.
     """
 
     name: str
@@ -54,6 +63,9 @@ class Stage:
     sections: tuple[str, ...] = ()
     inputs: Callable[["Context"], Mapping[str, str]] = lambda context: {}
     other_files: Callable[["Context"], Mapping[str, str]] = lambda context: {}
+    fields: Fields | None = None
+    places: tuple[str, ...] = ()
+    contents: Callable[["Context"], Mapping[str, str]] = lambda context: {}
 
 
 @dataclasses.dataclass
@@ -67,6 +79,7 @@ class Context:
       display: for progress.
       stop: whether the process was asked to stop.
       inputs: by role (as in "init_from"), the folder of each input.
+      own_files: those of `Stage.other_files` that lie in the stage's own folder, by their place in it.
       identity: of this run; goes into its checkpoints.
     """
 
@@ -76,6 +89,7 @@ class Context:
     display: Display
     stop: Stop
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    own_files: list[str] = dataclasses.field(default_factory=list)
     identity: str = ""
 
     @property
@@ -91,7 +105,8 @@ class Context:
     @property
     def seed(self) -> int:
         """The stage's seed, or the recipe's."""
-        return self.section.get("seed", self.config.get("seed", 0))
+        own = self.section.get("seed")
+        return self.config.get("seed", 0) if own is None else own
 
 
 def previous_checkpoint(context: Context) -> str:
@@ -103,7 +118,7 @@ def previous_checkpoint(context: Context) -> str:
     name = context.stage.name
     before = stages[: stages.index(name)] if name in stages else stages
     for candidate in reversed(before):
-        if candidate in ("pretrain", "prune", "distill", "upcycle", "cpt"):
+        if candidate in ("import_hf", "pretrain", "prune", "distill", "upcycle", "cpt"):
             return candidate
     raise UserError(
         "no stage before it leaves a checkpoint", where=f"{name}.init_from", remedy="name a stage or a folder"
@@ -115,6 +130,7 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
     stage, folder = context.stage, context.folder
     if stage.name not in context.config:
         raise UserError(f"the config has no section {stage.name}", where="--config", remedy="add the section")
+    _check(context)
     context.display.stage(stage.name)
     record = _record(context)
     context.identity = record["identity"]
@@ -123,9 +139,11 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
         _compare(context, record)
         if summary_file.exists():
             summary = files.read_json(summary_file)
+            _remove_aside(folder)
             context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
             return summary
     with _put_aside(folder, restart), _only_process(folder):
+        _bring_along(context)
         files.write_json(folder / "stage.json", record)
         started, began = datetime.datetime.now(datetime.UTC), time.monotonic()
         _reset_peak()
@@ -143,16 +161,29 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
     return summary
 
 
+def _check(context: Context) -> None:
+    """Types and ranges of what the stage reads of the config."""
+    stage, config = context.stage, context.config
+    recipe = {"seed": config.get("seed", 0), "stages": config.get("stages", ())}
+    fields.check(fields.of_class(sections.Recipe), recipe, "")
+    if "loader" in stage.sections:
+        fields.check(fields.of_class(sections.Loader), config["loader"], "loader")
+    if stage.fields is not None:
+        fields.check(stage.fields, config[stage.name], stage.name)
+
+
 def _record(context: Context) -> dict[str, Any]:
     """The stage's part of the config, and the identity of each input."""
     stage = context.stage
     config = {name: context.config[name] for name in (stage.name, *stage.sections) if name in context.config}
+    config[stage.name] = {name: x for name, x in config[stage.name].items() if name not in stage.places}
     config["seed"] = context.config.get("seed", 0)
     identities = {}
     for role, name in stage.inputs(context).items():
         context.inputs[role], identities[role] = _input(context, role, name)
     for field, place in stage.other_files(context).items():
-        identities[field] = _content(f"{stage.name}.{field}", place)
+        identities[field] = _content(context, f"{stage.name}.{field}", place)
+    identities |= stage.contents(context)
     config = _plain(config)
     identity = files.digest({"stage": stage.name, "config": config, "inputs": identities})
     return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity}
@@ -162,9 +193,13 @@ def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
     """The folder and the identity of one input: a stage of this work folder, or any checkpoint elsewhere."""
     own = context.workdir / name
     where = f"{context.stage.name}.{role}"
-    if "/" not in name and name in (*context.config["stages"], "prepare_data"):
+    if "/" not in name and name in (*context.config["stages"], "prepare_data", "import_hf"):
         if not (own / "stage.json").exists() or not (own / "summary.json").exists():
             raise UserError(f"{name} is not finished in {context.workdir}", where=where, remedy=f"run {name} first")
+        if role in CHECKPOINTS and not (own / "checkpoints").exists():
+            raise UserError(f"{name} leaves no checkpoint", where=where, remedy="name a stage that does, or a folder")
+        if own == context.folder:
+            raise UserError("a stage cannot start from itself", where=where, remedy="name another one")
         return own, files.read_json(own / "stage.json")["identity"]
     from kwaicoder_jax import checkpoints  # here, since it imports jax, and finished stages should answer at once
 
@@ -176,11 +211,32 @@ def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
         raise UserError(error.what, where=where, remedy=error.remedy) from error
 
 
-def _content(where: str, place: str) -> str:
+def _content(context: Context, where: str, place: str) -> str:
+    """Digest of a file that a stage reads; one of an earlier run of the stage itself may stand aside by now."""
+    file = files.path(place)
+    inside = _inside(context.folder, file)
+    if inside is not None:
+        context.own_files.append(inside)
+        if not file.exists() and (replaced := _aside(context.folder) / inside).exists():
+            file = replaced
     try:
-        return hashlib.sha256(files.path(place).read_bytes()).hexdigest()[:16]
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except OSError as error:
         raise UserError(f"{place}: {error.strerror}", where=where, remedy="name a file that can be read") from error
+
+
+def _inside(folder: Any, file: Any) -> str | None:
+    """Where in `folder` the file lies, or None."""
+    outer, inner = (str(x) if "://" in str(x) else os.path.realpath(x) for x in (folder, file))
+    return inner[len(outer) + 1 :] if inner.startswith(f"{outer}/") else None
+
+
+def _bring_along(context: Context) -> None:
+    """Copies what the stage reads of its own earlier run out of the folder that was put aside."""
+    for inside in context.own_files:
+        target = context.folder / inside
+        if not target.exists():
+            files.write_bytes(target, (_aside(context.folder) / inside).read_bytes())
 
 
 def _compare(context: Context, record: dict[str, Any]) -> None:
@@ -202,19 +258,6 @@ def _compare(context: Context, record: dict[str, Any]) -> None:
     for role in sorted({**old["inputs"], **record["inputs"]}):
         if old["inputs"].get(role) != record["inputs"].get(role):
             raise UserError("its input is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
-
-
-def check_arguments(
-    function: Callable[..., Any], values: Mapping[str, Any], where: str, given: tuple[str, ...] = ()
-) -> None:
-    """UserError for a config field that `function` does not take or that it lacks; `given` comes from elsewhere."""
-    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in given}
-    for name in values:
-        if name not in parameters:
-            raise UserError("no such field", where=f"{where}.{name}", remedy=f"the fields are {sorted(parameters)}")
-    for name, parameter in parameters.items():
-        if parameter.default is inspect.Parameter.empty and name not in values:
-            raise UserError("is missing", where=f"{where}.{name}", remedy="add it to the config")
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
@@ -244,12 +287,13 @@ def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
     With `restart` the old folder stands aside until the new one is finished; a stage that another process is running is
     left alone.
     """
-    aside, fresh = folder.parent / f".{folder.name}.replaced", restart or _is_untouched(folder)
+    aside, fresh = _aside(folder), restart or _is_untouched(folder)
     if restart and folder.exists():
         with _only_process(folder):
-            if aside.exists():  # restarted before, and not finished since: what stands aside is the finished one
+            if aside.exists() and not (folder / "summary.json").exists():  # restarted before, and not finished since
                 folder.rmtree()
             else:
+                _remove_aside(folder)
                 folder.rename(aside)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -258,19 +302,38 @@ def _put_aside(folder: Any, restart: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        # A full disk is no bad input: what was written stays, and the same command goes on from there.
-        if fresh and not _has_checkpoint(folder) and not isinstance(error.__cause__, OSError):
+        if fresh and not _has_checkpoint(folder) and not _is_of_the_disk(error):
             folder.rmtree()
             if aside.exists():
                 aside.rename(folder)
         raise
-    if aside.exists():
-        aside.rmtree()
+    _remove_aside(folder)
+
+
+def _aside(folder: Any) -> Any:
+    """Where a stage folder stands while the stage is started over."""
+    return folder.parent / f".{folder.name}.replaced"
+
+
+def _remove_aside(folder: Any) -> None:
+    """Removes what a finished run replaces, or what a kill left of it; where nobody may write it stays."""
+    with contextlib.suppress(OSError):
+        if _aside(folder).exists():
+            _aside(folder).rmtree()
+
+
+def _is_of_the_disk(error: BaseException | None) -> bool:
+    """Whether a disk was full, say: no bad input, so the same command goes on from what was written."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return True
+        error = error.__cause__
+    return False
 
 
 def _has_checkpoint(folder: Any) -> bool:
     place = folder / "checkpoints"
-    return place.exists() and any(place.iterdir())  # a partial one too
+    return place.exists() and any(step.name.isdigit() for step in place.iterdir())
 
 
 @contextlib.contextmanager

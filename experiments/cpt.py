@@ -6,7 +6,7 @@ python -m experiments.cpt --config=configs/demo.py --workdir=runs/demo
 import functools
 from typing import Any
 
-from experiments import moments
+from experiments import fields, moments, sections
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import Run, build, check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, train
@@ -52,6 +52,7 @@ def _continued(context: Context, meta: dict[str, Any], config: models.ModelConfi
     if section["continue_data"]:
         more["data_position"] = moments.data_position(meta).get("data_position")
     if section["continue_optimizer"]:
+        moments.check_carried(context.inputs["init_from"])
         abstract = training.abstract_params(config, mesh)
         more["moments"] = lambda: moments.read(context.inputs["init_from"], abstract)
     if section["match_rates"]:
@@ -68,7 +69,7 @@ def inputs(context: Context) -> dict[str, str]:
     return {"corpus": "prepare_data", "init_from": previous_checkpoint(context)}
 
 
-STAGE = Stage("cpt", run, ("loader", "validation"), inputs)
+STAGE = Stage("cpt", run, ("loader", "validation"), inputs, fields=fields.of_class(sections.Cpt))
 
 if __name__ == "__main__":
     main(STAGE)

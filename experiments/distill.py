@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments import moments
+from experiments import fields, moments, sections
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import (
@@ -112,7 +112,7 @@ def inputs(context: Context) -> dict[str, str]:
     }
 
 
-STAGE = Stage("distill", run, ("loader", "validation"), inputs)
+STAGE = Stage("distill", run, ("loader", "validation"), inputs, fields=fields.of_class(sections.Distill))
 
 if __name__ == "__main__":
     main(STAGE)

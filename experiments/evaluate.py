@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from experiments import fields, sections
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, validation_of
@@ -25,9 +26,6 @@ def run(context: Context) -> dict[str, Any]:
     """Writes evaluate/samples_NAME.jsonl, evaluate/outcomes_NAME.jsonl and evaluate/infilling.jsonl."""
     section = context.section
     chosen = [_benchmark(name) for name in section["benchmarks"] if name != "infilling"]
-    for field in ("num_samples", "max_new_tokens"):
-        if section[field] < 1:
-            raise UserError(f"{section[field]} is less than 1", where=f"evaluate.{field}", remedy="use 1 or more")
     if not section["temperature"] >= 0:
         raise UserError(f"{section['temperature']} is negative", where="evaluate.temperature", remedy="0 is greedy")
     if section.get("samples"):
@@ -132,7 +130,7 @@ def other_files(context: Context) -> dict[str, str]:
     return {"samples": context.section["samples"]} if context.section.get("samples") else {}
 
 
-STAGE = Stage("evaluate", run, ("validation",), inputs, other_files)
+STAGE = Stage("evaluate", run, ("validation",), inputs, other_files, fields.of_class(sections.Evaluate))
 
 if __name__ == "__main__":
     main(STAGE)

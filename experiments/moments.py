@@ -16,8 +16,7 @@ _COUNT = "opt_state/1/count"
 
 
 def check(context: Context) -> checkpoints.Tensors:
-    """The optimizer state of `upcycle.init_from`; UserError if it has none, or for a choice that there is not."""
-    optimizer_state.SecondMoment.parse(context.section["second_moment"])
+    """The optimizer state of `upcycle.init_from`; UserError if it has none."""
     try:
         return checkpoints.open_tensors(context.inputs["init_from"], "train")
     except UserError as error:
@@ -39,10 +38,15 @@ def upcycle(context: Context, record: dict[str, Any], meta: dict[str, Any]) -> N
         )  # fmt: skip
 
 
+def check_carried(place: Any) -> None:
+    """UserError if a stage's folder holds no moments."""
+    if not (place / "moments").exists():
+        what, remedy = f"{place} holds no moments", "upcycle with upcycle.optimizer_state=True, or set it to False"
+        raise UserError(what, where="cpt.continue_optimizer", remedy=remedy)
+
+
 def read(place: Any, abstract: Any) -> tuple[Any, Any, int]:
     """m, v and the step count that a stage's folder holds, in the shapes and shardings of `abstract`."""
-    if not (place / "moments").exists():
-        raise UserError(f"{place} holds no moments", remedy="upcycle with upcycle.optimizer_state=True")
     first, second = (checkpoints.read_params(place / "moments" / folder, abstract) for folder in FOLDERS)
     return first, second, checkpoints.read_meta(place / "moments" / FOLDERS[0])["adam_count"]
 

@@ -14,7 +14,9 @@ from experiments.display import Display
 from experiments.stopping import Stop
 from kwaicoder_jax.errors import UserError
 
-STAGES = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
+STAGES = (
+    "import_hf", "prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "export_hf", "evaluate", "report",
+)  # fmt: skip
 
 
 def main() -> None:

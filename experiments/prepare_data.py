@@ -5,8 +5,9 @@ python -m experiments.prepare_data --config=configs/demo.py --workdir=runs/demo
 
 from typing import Any
 
+from experiments import fields, sections
 from experiments.command import main
-from experiments.contract import Context, Stage, check_arguments
+from experiments.contract import Context, Stage
 from kwaicoder_jax import data
 
 
@@ -30,11 +31,11 @@ def _prepare(context: Context, target: Any, section: dict[str, Any]) -> dict[str
             context.display.line(f"{task}: {done}")
 
     section.pop("seed", None)
-    check_arguments(data.prepare, section, "prepare_data", given=("sources", "target", "seed", "progress"))
     return data.prepare(context.section["sources"], target, seed=context.seed, progress=progress, **section)
 
 
-STAGE = Stage("prepare_data", run)
+FIELDS = fields.of_function(data.prepare, ("sources", "target", "seed", "progress"))
+STAGE = Stage("prepare_data", run, fields=FIELDS | fields.of_class(sections.PrepareData))
 
 if __name__ == "__main__":
     main(STAGE)

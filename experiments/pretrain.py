@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 
+from experiments import fields, sections
 from experiments.command import main
 from experiments.contract import Context, Stage
-from experiments.training_stage import Run, corpus_of, mesh_of, runtime_of, train
+from experiments.training_stage import Run, check_vocabulary, corpus_of, mesh_of, runtime_of, train
 from kwaicoder_jax import models, training
 
 
@@ -18,7 +19,9 @@ def run(context: Context) -> dict[str, Any]:
     """Writes pretrain/checkpoints."""
     mesh, corpus = mesh_of(context), corpus_of(context)
     sizes = {"vocab_size": corpus.tokenizer.vocab_size, **context.config["model"]}
+    fields.check(fields.of_class(models.ModelConfig), sizes, "model")
     config = models.ModelConfig.from_dict(sizes)
+    check_vocabulary(config.vocab_size, corpus, "model.vocab_size")
     initial = jax.jit(functools.partial(models.init, config), out_shardings=training.param_shardings(config, mesh))
     settings: dict[str, Any] = {"runtime": runtime_of(context), "balance": training.BalanceConfig()}
 
@@ -43,7 +46,10 @@ def run(context: Context) -> dict[str, Any]:
     )
 
 
-STAGE = Stage("pretrain", run, ("model", "loader", "validation"), lambda context: {"corpus": "prepare_data"})
+STAGE = Stage(
+    "pretrain", run, ("model", "loader", "validation"), lambda context: {"corpus": "prepare_data"},
+    fields=fields.of_class(sections.Training),
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(STAGE)

@@ -8,9 +8,9 @@ With a budget the target is searched for instead of read from the config, as in 
 import itertools
 from typing import Any
 
-from experiments import prune_search, transformed
+from experiments import fields, prune_search, sections, transformed
 from experiments.command import main
-from experiments.contract import Context, Stage, check_arguments, previous_checkpoint
+from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import (
     build,
     calibration_of,
@@ -40,6 +40,7 @@ def run(context: Context) -> dict[str, Any]:
     target = transforms.Target() if searching else build(transforms.Target, section["target"], "prune.target")
     target.resolve(config)  # a target that cannot be reached is an error before the work begins
     phase = calibration_phase(context)
+    fields.check(fields.of_function(transforms.importance.collect, GIVEN), section["importance"], "prune.importance")
     if searching:
         prune_search.rules(context)
 
@@ -86,7 +87,6 @@ def _scores(
     place = context.folder / "scores.npz"
     if place.exists():
         return transforms.Scores.load(place)
-    check_arguments(transforms.importance.collect, context.section["importance"], "prune.importance", GIVEN)
     runtime, by = runtime_of(context), context.section["layer_scores"]
     scores = transforms.importance.collect(
         params, config, calibration_of(context, corpus, mesh), runtime=runtime, blocks=by == LayerScores.BLOCK,
@@ -129,7 +129,7 @@ def other_files(context: Context) -> dict[str, str]:
     return {"scores": context.section["scores"]} if context.section.get("scores") else {}
 
 
-STAGE = Stage("prune", run, ("loader", "validation"), inputs, other_files)
+STAGE = Stage("prune", run, ("loader", "validation"), inputs, other_files, fields.of_class(sections.Prune))
 
 if __name__ == "__main__":
     main(STAGE)

@@ -26,7 +26,8 @@ def rules(context: Context) -> tuple[transforms.shapes.Budget, transforms.shapes
     """The budget and the space of the config, checked as far as they can be without scores."""
     section = context.section["search"]
     budget = {name: section[name] for name in (*_BUDGET, "chip", "context", "batch")}
-    space = {name: section[name] for name in ("multiples", "minimum", "least", "granularity")}
+    space = {name: section[name] for name in ("least", "granularity")}
+    space |= {name: {k: x for k, x in section[name].items() if x is not None} for name in ("multiples", "minimum")}
     limits = build(transforms.shapes.Budget, budget, "prune.search")
     limits.serving()  # an unknown chip is an error before the work begins
     return limits, build(transforms.shapes.Space, space, "prune.search")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from experiments import fields, sections
 from experiments.command import main
 from experiments.contract import Context, Stage
 from kwaicoder_jax import checkpoints, files, models
@@ -72,7 +73,7 @@ def inputs(context: Context) -> dict[str, str]:
     return {name: name for name in before if (context.workdir / name / "summary.json").exists()}
 
 
-STAGE = Stage("report", run, (), inputs)
+STAGE = Stage("report", run, (), inputs, fields=fields.of_class(sections.Report))
 
 if __name__ == "__main__":
     main(STAGE)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import fields
 from experiments.contract import Context, Section
 from experiments.stopping import Stopped
 from kwaicoder_jax import checkpoints, data, files, models, training
@@ -18,21 +18,17 @@ from kwaicoder_jax.errors import UserError
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
     """A dataclass from a config section; whatever is wrong with a field is a UserError that names it there."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        if name not in fields:
-            raise UserError("no such field", where=f"{where}.{name}", remedy=f"the fields are {sorted(fields)}")
-        wanted = {int: (int,), float: (int, float), str: (str,)}.get(hints[name])
-        if wanted and (not isinstance(value, wanted) or isinstance(value, bool)):
-            raise UserError(f"{value!r} is not of type {hints[name].__name__}", where=f"{where}.{name}")
-    for name, field in fields.items():
-        if field.default is field.default_factory is dataclasses.MISSING and name not in values:
-            raise UserError("is missing", where=f"{where}.{name}", remedy="add it to the config")
+    known = fields.of_class(cls)
+    fields.check_names(known, values, where)
     try:
-        return cls(**values)
+        result = cls(**values)
     except UserError as error:  # a library names fields by the last part of their name alone
         raise UserError(error.what, where=f"{where}.{error.where.rpartition('.')[2]}", remedy=error.remedy) from error
+    except (TypeError, ValueError, AttributeError):  # it takes the types for granted
+        fields.check(known, values, where)
+        raise
+    fields.check(known, values, where)
+    return result
 
 
 def mesh_of(context: Context) -> Any:
@@ -93,7 +89,10 @@ def read_model(context: Context, role: str, mesh: Any) -> tuple[Any, models.Mode
     if steps is not None and meta.get("progress", {}).get("step") != steps:
         what = f"the newest checkpoint of {place} is not of its last step, {steps}"
         raise UserError(what, where=where, remedy="copy it again, or run its stage again")
-    params = checkpoints.read_params(place, training.abstract_params(config, mesh))
+    try:
+        params = checkpoints.read_params(place, training.abstract_params(config, mesh))
+    except UserError as error:
+        raise UserError(error.what, where=where, remedy=error.remedy) from error
     if not bool(_all_finite(params)):
         what = f"{place} holds numbers that are not finite"
         raise UserError(what, where=where, remedy="it diverged or is damaged: look at its losses, run its stage again")
@@ -106,11 +105,19 @@ def _all_finite(params: Any) -> jax.Array:
 
 
 def check_tokenizer(context: Context, role: str, meta: dict[str, Any], corpus: data.Corpus) -> None:
-    """Refuses a checkpoint that was trained with another tokenizer."""
+    """Refuses a checkpoint that was trained with another tokenizer, or has no row for some of its tokens."""
     if meta["tokenizer"] != corpus.tokenizer.hash:
         raise UserError(
             "its tokenizer is not the corpus's", where=f"{context.stage.name}.{role}", remedy="train on its own corpus"
         )
+    check_vocabulary(models.ModelConfig.from_dict(meta["model"]).vocab_size, corpus, f"{context.stage.name}.{role}")
+
+
+def check_vocabulary(size: int, corpus: data.Corpus, where: str) -> None:
+    """Refuses a model that cannot see some of the corpus's tokens."""
+    if size < corpus.tokenizer.vocab_size:
+        what = f"a vocabulary of {size} is less than the {corpus.tokenizer.vocab_size} tokens of the tokenizer"
+        raise UserError(what, where=where, remedy=f"use {corpus.tokenizer.vocab_size} or more, or leave it out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +245,8 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
             loop.run()
         except training.Preempted:
             raise Stopped from None
+        except training.Diverged as error:
+            raise UserError(error.what, where=f"{name}.{error.where}", remedy=error.remedy) from error
         finally:
             loader.close()
             store.close()

@@ -6,9 +6,9 @@ python -m experiments.upcycle --config=configs/demo.py --workdir=runs/demo
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import moments, transformed
+from experiments import fields, moments, sections, transformed
 from experiments.command import main
-from experiments.contract import Context, Stage, check_arguments, previous_checkpoint
+from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import (
     calibration_of,
     check_tokenizer,
@@ -19,20 +19,21 @@ from experiments.training_stage import (
     validation_of,
 )
 from kwaicoder_jax import checkpoints, files, models, training, transforms
+from kwaicoder_jax.transforms import optimizer_state
 
-# The other fields of the section are arguments of upcycle.plan.
-OWN_FIELDS = (
-    "init_from", "seed", "steps", "calibration", "coactivation", "streamed", "verify", "optimizer_state", "second_moment",
-)  # fmt: skip
+OWN = fields.of_class(sections.Upcycle)  # the other fields of the section are arguments of upcycle.plan
 COLLECTED = ("params", "config", "batches", "runtime", "seed")  # what coactivation.collect is given here
-GIVEN = ("config", "seed", "scores", "mlp_inputs")
+GIVEN = ("config", "seed", "scores", "coactivation", "mlp_inputs")
 
 
 def run(context: Context) -> dict[str, Any]:
     """Writes upcycle/checkpoints, upcycle/verify.json and, if asked for, upcycle/moments."""
     section, mesh, corpus = context.section, mesh_of(context), corpus_of(context)
-    arguments = {key: value for key, value in section.items() if key not in OWN_FIELDS}
-    check_arguments(transforms.upcycle.plan, arguments, "upcycle", GIVEN)
+    arguments = {key: value for key, value in section.items() if key not in OWN}
+    fields.check(
+        fields.of_function(transforms.coactivation.collect, COLLECTED), section["coactivation"], "upcycle.coactivation"
+    )
+    optimizer_state.SecondMoment.parse(section["second_moment"])
     meta = checkpoints.read_meta(context.inputs["init_from"])
     check_tokenizer(context, "init_from", meta, corpus)
     if section["optimizer_state"]:
@@ -95,7 +96,6 @@ def measure(context: Context, dense: Any, config: models.ModelConfig, mesh: Any,
         measured["scores"] = transforms.importance.collect(dense, config, batches(), runtime=runtime)
     if "coactivation" in wanted:
         options = section["coactivation"]
-        check_arguments(transforms.coactivation.collect, options, "upcycle.coactivation", COLLECTED)
         measured["coactivation"] = transforms.coactivation.collect(
             dense, config, batches(), runtime=runtime, seed=context.seed, **options
         )
@@ -119,7 +119,8 @@ def inputs(context: Context) -> dict[str, str]:
     return {"corpus": "prepare_data", "init_from": previous_checkpoint(context)}
 
 
-STAGE = Stage("upcycle", run, ("loader", "validation"), inputs)
+FIELDS = fields.of_function(transforms.upcycle.plan, GIVEN) | OWN
+STAGE = Stage("upcycle", run, ("loader", "validation"), inputs, fields=FIELDS)
 
 if __name__ == "__main__":
     main(STAGE)

@@ -18,10 +18,15 @@ def path(place: str | os.PathLike[str]) -> epath.Path:
 
 def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Writes `text` so that a reader sees the old file or the new one, never a part: a temporary file, then a rename."""
+    write_bytes(target, text.encode())
+
+
+def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
+    """As `write_text`."""
     whole = epath.Path(target)
     whole.parent.mkdir(parents=True, exist_ok=True)
     temporary = whole.parent / f".{whole.name}.{os.getpid()}.tmp"
-    temporary.write_text(text)
+    temporary.write_bytes(content)
     temporary.replace(whole)
 
 

@@ -6,6 +6,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a TPU or GPU run of the tests s
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import jax
+
+# The same examples in every run, so that a change is to blame when a test turns red; HYPOTHESIS_PROFILE=explore draws others.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile("explore", derandomize=False, max_examples=200)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -106,17 +106,6 @@ def read_meta(place: str | os.PathLike[str]) -> dict[str, Any]:
     return meta
 
 
-def read_params(place: str | os.PathLike[str], abstract: Tree) -> Tree:
-    """The parameters of the newest complete checkpoint, in the shapes, dtypes and shardings of `abstract`."""
-    with contextlib.closing(CheckpointStore(find(place))) as store:
-        step = _newest(store, place)
-        try:
-            return store.restore(step, "params", on_device(abstract))
-        except Exception as error:  # whatever Orbax and TensorStore say of a file that is damaged
-            what = f"{place} does not fit its own model config, or is damaged: {str(error).splitlines()[0]}"
-            raise UserError(what, remedy="copy it again, or run its stage again") from error
-
-
 def newest_step(place: str | os.PathLike[str]) -> int:
     """The newest complete step in a stage folder; UserError if there is none."""
     with contextlib.closing(CheckpointStore(find(place))) as store:

@@ -6,6 +6,7 @@ Dimension letters, here and everywhere:
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
 from kwaicoder_jax.models.attention_ops import AttentionBackend
 from kwaicoder_jax.models.experts_config import ExpertsConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,7 @@ class ModelConfig:
         for name in ("vocab_size", "layers", "model_dim", "heads", "kv_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise _error(name, f"{getattr(self, name)} is not a size", "use 1 or more")
+        _check_numbers(self)
         if self.heads % self.kv_heads:
             what = f"{self.heads} query heads do not share {self.kv_heads} KV heads evenly"
             raise _error("kv_heads", what, "choose a divisor of model.heads")
@@ -182,3 +186,19 @@ class Runtime:
                 raise UserError(f"no choice {getattr(self, name)!r}", where=f"runtime.{name}", remedy=remedy)
         if self.scan_unroll < 0:
             raise UserError(f"{self.scan_unroll} layers", where="runtime.scan_unroll", remedy="use 1, or 0 for all")
+
+
+def _check_numbers(config: ModelConfig) -> None:
+    """Refuses numbers with which every loss is NaN, and dtypes that there are not."""
+    for name, least in (
+        ("rope_theta", "more than 0"),
+        ("norm_epsilon", "more than 0"),
+        ("initializer_range", "0 or more"),
+    ):
+        value = getattr(config, name)
+        if not math.isfinite(value) or value < 0 or (value == 0 and least != "0 or more"):
+            raise UserError(f"{value} cannot be", where=f"model.{name}", remedy=f"use a finite number, {least}")
+    for name in ("dtype", "param_dtype"):
+        if getattr(config, name) not in DTYPES:
+            remedy = f"use {', '.join(DTYPES)}"
+            raise UserError(f"no dtype {getattr(config, name)!r}", where=f"model.{name}", remedy=remedy)

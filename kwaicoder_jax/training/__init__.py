@@ -1,6 +1,6 @@
 """Mesh and sharding rules, optimizer, schedule, state, step, loop, metrics."""
 
-from kwaicoder_jax.training.loop import Loop, LoopConfig, Preempted, Progress
+from kwaicoder_jax.training.loop import Diverged, Loop, LoopConfig, Preempted, Progress
 from kwaicoder_jax.training.losses import (
     BalanceConfig,
     language_model_loss,
@@ -27,6 +27,7 @@ from kwaicoder_jax.training.step import HeldOutLoss, make_step
 __all__ = [
     "TIME_KEYS",
     "BalanceConfig",
+    "Diverged",
     "HeldOutLoss",
     "Law",
     "Loop",

@@ -1,6 +1,7 @@
 """The train loop: restore, step, log, evaluate, save; the same bits whether or not it was interrupted."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -19,6 +20,10 @@ from kwaicoder_jax.training.step import HeldOutLoss, StepFunction
 
 class Preempted(BaseException):
     """The process was asked to stop, and what it had done is saved. Not an error."""
+
+
+class Diverged(UserError):
+    """The validation loss is no number any more."""
 
 
 class Loader(Protocol):
@@ -94,7 +99,7 @@ class Loop:
     on_step: Callable[[int], None] = lambda step: None
 
     def run(self) -> TrainState:
-        """Trains to the last step and returns the final state."""
+        """Trains to the last step and returns the final state; Diverged where the validation loss is not finite."""
         state, progress = self._start()
         self._log = MetricsLog(self.folder, progress.step if progress.step else None)
         self._began = time.monotonic()
@@ -170,6 +175,10 @@ class Loop:
         self._log.write(record)
         self.on_record(record)
         self._window = (self._window[0] + time.monotonic() - began, self._window[1])  # not the training's time
+        if not math.isfinite(record["valid_loss"]):
+            remedy = "lower it, or raise the warm-up" if step else "look at the parameters that training starts from"
+            what = f"the validation loss is {record['valid_loss']} after step {step}"
+            raise Diverged(what, where="phases.*.rate.peak" if step else "init_from", remedy=remedy)
 
     def _save(self, state: TrainState, progress: Progress) -> None:
         meta = {**self.meta, "progress": dataclasses.asdict(progress), "loader": self.loader.get_state()}

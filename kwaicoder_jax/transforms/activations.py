@@ -7,10 +7,8 @@ import flax.linen as nn
 import jax
 
 from kwaicoder_jax import models
-from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.statistics import COLLECTION
 
-Batch = Mapping[str, Any]  # "inputs", "positions", "segment_ids": [B, T] int32; other entries are not read
 Tokens = tuple[Any, Any, Any]
 # (normed inputs x_BTD, parameters of that MLP or mixture, mask_BT) to a tree of arrays
 Reduce = Callable[[jax.Array, Mapping[str, Any], jax.Array], Any]
@@ -53,11 +51,3 @@ def observe(
             params, config, *tokens, runtime=runtime, statistics=True, collect_layers=collect_layers
         )
     return output, output.statistics["layers"][wanted][_ENTRY]
-
-
-def tokens_of(batch: Batch, number: int) -> Tokens:
-    """The three entries of a batch that a forward pass reads; UserError if one is missing."""
-    for name in ("inputs", "positions", "segment_ids"):
-        if name not in batch:
-            raise UserError(f"batch {number} has no {name!r}", where="batches", remedy=f"it has {sorted(batch)}")
-    return batch["inputs"], batch["positions"], batch["segment_ids"]

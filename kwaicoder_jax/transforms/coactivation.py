@@ -17,8 +17,9 @@ import numpy as np
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.layers import plus, project
-from kwaicoder_jax.transforms.activations import Batch, observe, tokens_of
+from kwaicoder_jax.transforms.activations import observe
 from kwaicoder_jax.transforms.arrays import host
+from kwaicoder_jax.transforms.batches import Batch, entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ def collect(
     fire, total = max(1, round(share * config.mlp_dim)), None
     for number, batch in enumerate(batches):
         key = jax.random.fold_in(jax.random.key(seed), number)
-        one = _sums(params, tokens_of(batch, number), key, config, runtime or models.Runtime(), fire, sketch)
+        one = _sums(params, entries(batch, number), key, config, runtime or models.Runtime(), fire, sketch)
         one = jax.tree.map(host, one)
         total = one if total is None else jax.tree.map(np.add, total, one)
     if total is None or total["tokens"] == 0:

@@ -1,9 +1,8 @@
-"""KL from one teacher to many students on the same tokens; the teacher is run once."""
+"""How far two models' logits are apart on the same tokens; and from one teacher, which is run once, to many students."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,10 @@ import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.transforms.batches import TARGETS, Batch, entries
 
-Batch = Mapping[str, Any]  # "inputs", "positions", "segment_ids", "targets", "loss_mask": [B, T]
-_FIELDS = ("inputs", "positions", "segment_ids", "targets", "loss_mask")
+Pair = tuple[jax.Array, jax.Array]
+LARGEST = ("max_error", "max_logit")  # of what `compare` returns; the rest are sums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +53,7 @@ class Teacher:
         """
         self._params, self._config, self._runtime = params, config, runtime or models.Runtime()
         self._logit_elements = logit_elements
-        for number, batch in enumerate(batches):
-            for name in _FIELDS:
-                if name not in batch:
-                    raise UserError(
-                        f"batch {number} has no {name!r}", where="batches", remedy=f"it has {sorted(batch)}"
-                    )
-        self._batches = [{name: batch[name] for name in _FIELDS} for batch in batches]
+        self._batches = [dict(zip(TARGETS, entries(batch, number, TARGETS))) for number, batch in enumerate(batches)]
         self.tokens = float(sum(np.asarray(jnp.sum(batch["loss_mask"]), np.float64) for batch in self._batches))
         if not self.tokens:
             raise UserError("no tokens to compare on", where="batches", remedy="give a batch with an open loss mask")
@@ -95,27 +89,55 @@ def _hidden(params, batch, *, config, runtime) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("config", "runtime", "logit_elements"))
 def _sums(params, hidden_BTC, projection_VC, batch, *, config, runtime, logit_elements) -> jax.Array:
-    """One batch's sums of KL and of cross-entropy, float32, a slice of time at a time."""
-    rows, time = batch["inputs"].shape
-    width = min(time, max(1, logit_elements // (config.vocab_size * rows)))
+    """One batch's sums of KL and of the student's cross-entropy, float32."""
+    hidden = (hidden_BTC, _hidden(params, batch, config=config, runtime=runtime))
+    found = compare(hidden, (projection_VC, models.projection(params)), batch, logit_elements)
+    return jnp.stack([found["kl"], found["other_loss"]])
+
+
+def compare(
+    hidden: Pair, projections: Pair, batch: Mapping[str, jax.Array], logit_elements: int
+) -> dict[str, jax.Array]:
+    """Sums over the tokens of the loss mask, and maxima over unpadded ones, a slice of time at a time; float32.
+
+    Args:
+      hidden: final states of the reference and of the other model, [B, T, their D].
+      projections: to logits, [V, their D].
+      batch: "segment_ids", "targets", "loss_mask", [B, T].
+      logit_elements: most elements of one model's logits that are live at once.
+
+    Returns:
+      "kl" (from reference to other), "loss" and "other_loss" (cross-entropies), "max_error", "max_logit".
+    """
+    rows, time = batch["targets"].shape
+    width = min(time, max(1, logit_elements // (projections[0].shape[0] * rows)))
     count = -(-time // width)
 
-    def slices(x):  # the last one is filled up with zeros, which the mask leaves out; rows stay whole and sharded
+    def slices(x):  # the last one is filled up with zeros, which the masks leave out; rows stay whole and sharded
         padded = jnp.pad(x, [(0, 0), (0, width * count - time), *[(0, 0)] * (x.ndim - 2)])
         return jnp.moveaxis(padded.reshape(rows, count, width, *x.shape[2:]), 1, 0)
 
-    student_BTD = _hidden(params, batch, config=config, runtime=runtime)
-    projection_VD = models.projection(params)
+    def step(total, columns):
+        one = _compare_slice(columns, projections)
+        return {name: (jnp.maximum if name in LARGEST else jnp.add)(total[name], one[name]) for name in one}, None
 
-    def step(total_2, columns):
-        teacher_BCC, student_BCD, targets_BC, mask_BC = columns
-        log_p, log_q = (
-            jax.nn.log_softmax(models.logits(x, w), axis=-1)
-            for x, w in ((teacher_BCC, projection_VC), (student_BCD, projection_VD))
-        )
-        kl_BC = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-        chosen_BC = jnp.take_along_axis(log_q, targets_BC[:, :, None], axis=-1)[:, :, 0]
-        return total_2 + jnp.stack([jnp.sum(mask_BC * kl_BC), -jnp.sum(mask_BC * chosen_BC)]), None
+    columns = (*hidden, batch["targets"], batch["loss_mask"].astype(jnp.float32), batch["segment_ids"] > 0)
+    zero = dict.fromkeys((*LARGEST, "loss", "other_loss", "kl"), jnp.zeros(()))
+    return jax.lax.scan(step, zero, [slices(x) for x in columns])[0]
 
-    columns = (hidden_BTC, student_BTD, batch["targets"], batch["loss_mask"].astype(jnp.float32))
-    return jax.lax.scan(step, jnp.zeros(2), [slices(x) for x in columns])[0]
+
+def _compare_slice(columns: Sequence[jax.Array], projections: Pair) -> dict[str, jax.Array]:
+    """The same for C tokens of each row."""
+    *hidden, targets_BC, mask_BC, seen_BC = columns
+    a, b = (models.logits(x, w) for x, w in zip(hidden, projections))
+    log_a, log_b = jax.nn.log_softmax(a, axis=-1), jax.nn.log_softmax(b, axis=-1)
+    kl_BC = jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
+    chosen_a, chosen_b = (jnp.take_along_axis(x, targets_BC[:, :, None], axis=-1)[:, :, 0] for x in (log_a, log_b))
+    seen = seen_BC[:, :, None]
+    return {
+        "max_error": jnp.max(jnp.where(seen, jnp.abs(a - b), 0.0)),
+        "max_logit": jnp.max(jnp.where(seen, jnp.abs(a), 0.0)),
+        "loss": -jnp.sum(mask_BC * chosen_a),
+        "other_loss": -jnp.sum(mask_BC * chosen_b),
+        "kl": jnp.sum(mask_BC * kl_BC),
+    }

@@ -76,20 +76,26 @@ def redraw(
         raise UserError(
             "neurons cannot be dropped under jit", where="upcycle.drop_ratio", remedy="call upcycle outside of jax.jit"
         )
-    place, width = axes.index("expert_mlp") - 2, array.shape[axes.index("expert_mlp")]
-    on_host = isinstance(array, np.ndarray)
+    place, on_host = axes.index("expert_mlp") - 2, isinstance(array, np.ndarray)
+    mask = chosen(axes, array.shape, drop=drop, granularity=granularity, seed=seed, layer=layer)
     values = array.copy() if on_host else np.zeros(array.shape, array.dtype)
-    mask_LEF = np.zeros((*array.shape[:2], width), bool)
-    for at in range(array.shape[0]):
+    for at, expert in np.argwhere(mask.any(axis=tuple(range(2, mask.ndim)))).tolist():
+        here = np.flatnonzero(mask[at, expert])
+        new = _draw(np.moveaxis(host(array[at, expert]), place, 0)[here], (seed, layer + at, expert), name)
+        np.moveaxis(values[at, expert], place, 0)[here] = new
+    return values if on_host else jnp.where(mask, jax.device_put(values, array.sharding), array)
+
+
+def chosen(
+    axes: tuple[str, ...], shape: tuple[int, ...], *, drop: dict[str, Any], granularity: int, seed: int, layer: int
+) -> np.ndarray:
+    """Which neurons are drawn anew: bool, of the rank of an expert parameter [layers, E, ...]; arguments as `redraw`."""
+    width = shape[axes.index("expert_mlp")]
+    mask_LEF = np.zeros((*shape[:2], width), bool)
+    for at in range(shape[0]):
         for expert in (r * granularity + g for r in drop["replicas"] for g in range(granularity)):
-            chosen = neurons(seed, layer + at, expert, width, drop["neurons_per_expert"])
-            new = _draw(np.moveaxis(host(array[at, expert]), place, 0)[chosen], (seed, layer + at, expert), name)
-            np.moveaxis(values[at, expert], place, 0)[chosen] = new
-            mask_LEF[at, expert, chosen] = True
-    if on_host:
-        return values
-    shape = [n if axis in ("layers", "experts", "expert_mlp") else 1 for n, axis in zip(array.shape, axes)]
-    return jnp.where(mask_LEF.reshape(shape), jax.device_put(values, array.sharding), array)
+            mask_LEF[at, expert, neurons(seed, layer + at, expert, width, drop["neurons_per_expert"])] = True
+    return mask_LEF.reshape([n if axis in ("layers", "experts", "expert_mlp") else 1 for n, axis in zip(shape, axes)])
 
 
 def neurons(seed: int, layer: int, expert: int, width: int, count: int) -> np.ndarray:

@@ -137,9 +137,10 @@ def _replicas(record: Record, name: str, arrays: dict[str, Array], layer: int | 
     """The dense parameter as each replica that is used has it."""
     mixture, dense = parameterwise.configs(record)
     declared, made = models.declarations(mixture), record["upcycle"]
-    if "mlp" not in models.declarations(dense)[name].axes:
+    axes = models.declarations(dense)[name].axes
+    if "mlp" not in axes:
         return [_output_bias(made, arrays, declared, replica) for replica in record["replicas"]]
-    axis = models.declarations(dense)[name].axes.index("mlp")
+    axis = axes.index("mlp")
     here = slice(None) if layer is None else slice(layer, layer + 1)
     (routed,) = (n for n in arrays if "expert_mlp" in declared[n].axes)
     shared = [_over(x, made["factors"][n]) for n, x in arrays.items() if n != routed]
@@ -149,7 +150,7 @@ def _replicas(record: Record, name: str, arrays: dict[str, Array], layer: int | 
         joined = _over(joined, made["factors"][routed])
         whole = namespace(joined).concatenate([joined, *shared], axis=axis) if shared else joined
         place = _places(made, replica, here)
-        result.append(whole if place is None else take(whole, place, axis))
+        result.append(whole if place is None else take(whole, place, axis, axes=axes))
     return result
 
 

@@ -89,19 +89,20 @@ def partners(heads_LH: np.ndarray, kept_LK: np.ndarray, heads: int, kv_heads: in
     return np.take_along_axis(partner_LKG, best(inside_LKG, stay), axis=-1).reshape(layers, heads)
 
 
-def merge(array: Array, kept_LH: np.ndarray, partner_LH: np.ndarray, axis: int) -> Array:
+def merge(array: Array, kept_LH: np.ndarray, partner_LH: np.ndarray, axes: tuple[str, ...]) -> Array:
     """The query projections of the kept heads, 2 * head - partner where there is a partner, rounded once.
 
     Args:
       array: all heads of the kept layers, [L', ...].
       kept_LH: original indices, [L', H'].
       partner_LH: from `partners`.
-      axis: of the heads.
+      axes: declared axes of the array, among them "heads".
     """
+    axis = axes.index("heads")
     alone_LH = partner_LH == ALONE
     xp, wide = namespace(array), np.promote_types(array.dtype, np.float32)
     shape = [1] * array.ndim
     shape[0], shape[axis] = kept_LH.shape
-    here, there = (take(array, index, axis) for index in (kept_LH, np.where(alone_LH, kept_LH, partner_LH)))
+    here, there = (take(array, index, axis, axes=axes) for index in (kept_LH, np.where(alone_LH, kept_LH, partner_LH)))
     difference = here.astype(wide) - there.astype(wide)  # zero where alone
     return (here.astype(wide) + difference * xp.asarray(~alone_LH.reshape(shape), dtype=wide)).astype(array.dtype)

@@ -18,7 +18,8 @@ from jax.experimental import multihost_utils
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms.aggregation import Aggregation, Moments
-from kwaicoder_jax.transforms.layer_importance import Batch, LeaveOneOut, block_influence, entries, leave_one_out
+from kwaicoder_jax.transforms.batches import Batch, entries
+from kwaicoder_jax.transforms.layer_importance import LeaveOneOut, block_influence, leave_one_out
 from kwaicoder_jax.transforms.measurements import Measurements
 from kwaicoder_jax.transforms.scores import Scores
 from kwaicoder_jax.transforms.target import check_one_stack
@@ -79,7 +80,7 @@ def measure(
     total: Any = None
     running: Any = None  # the latest batch's sums, added up while the device works on the next one
     for number, one in enumerate(batches):
-        sums = batch_sums(params, *entries(one, number, ("inputs", "positions", "segment_ids")), **options)
+        sums = batch_sums(params, *entries(one, number), **options)
         total, running = _add(total, running), sums
     total = _add(total, running)
     if total is None or total["tokens"] == 0:

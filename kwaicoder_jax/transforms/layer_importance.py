@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,7 @@ import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
-
-Batch = Mapping[str, Any]  # "inputs", "positions", "segment_ids" and more: [B, T] each
+from kwaicoder_jax.transforms.batches import TARGETS, Batch, entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,11 +55,10 @@ def leave_one_out(
       UserError: no target in any batch, a batch without a field, parameters of another model.
     """
     models.check(params, config)
-    names = ("inputs", "positions", "segment_ids", "targets", "loss_mask")
     kept_NL = np.concatenate([1.0 - np.eye(config.layers), np.ones((1, config.layers))]).astype(np.float32)
     loss_N, count = np.zeros(config.layers + 1), 0.0
     for number, one in enumerate(batches):
-        arrays = entries(one, number, names)
+        arrays = entries(one, number, TARGETS)
         sums = [
             _loss(params, kept_L, *arrays, config=config, runtime=runtime or models.Runtime()) for kept_L in kept_NL
         ]
@@ -113,11 +110,3 @@ def block_influence(embedded_BTD: jax.Array, layers_LBTD: jax.Array, mask_BT: ja
         unit_IR = (stream_IBTD * (mask_BT[None, :, first:end, None] / norm_IBT1)).reshape(points, -1)
         total_II += jnp.matmul(unit_IR, unit_IR.T, precision=jax.lax.Precision.HIGHEST)
     return jnp.triu(jnp.sum(mask_BT, dtype=jnp.float32) - total_II[:-1, 1:])
-
-
-def entries(batch: Batch, number: int, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The batch's arrays of those names; a UserError that names the first one that is missing."""
-    for name in names:
-        if name not in batch:
-            raise UserError(f"batch {number} has no {name!r}", where="batches", remedy=f"it has {sorted(batch)}")
-    return tuple(batch[name] for name in names)

@@ -119,6 +119,6 @@ def copies(array: Array, count: int, axis: int, factor: float) -> Array:
     return xp.broadcast_to(array, (*array.shape[:axis], count, *array.shape[axis + 1 :]))
 
 
-def shared(array: Array, axis: int, neurons_LS: np.ndarray, factor: float) -> Array:
-    """The shared expert's matrix: the neurons of each layer along `axis` of [L, ...], scaled."""
-    return scaled(take(array, neurons_LS, axis), factor)
+def shared(array: Array, axes: tuple[str, ...], neurons_LS: np.ndarray, factor: float) -> Array:
+    """The shared expert's matrix: the neurons of each layer of a matrix with axes `axes`, scaled."""
+    return scaled(take(array, neurons_LS, axes.index("mlp"), axes=axes), factor)

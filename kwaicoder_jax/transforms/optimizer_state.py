@@ -59,7 +59,11 @@ class Moment:
         same = {**record, "factors": factors, "drop": {**record["drop"], "replicas": []}}
         array = upcycle.parameter(same, name, arrays, layer)
         if "expert_mlp" in d.axes and record["drop"]["replicas"]:
-            return _without_dropped(array, d, record, layer or 0)
+            dropped = drop.chosen(
+                d.axes, array.shape, drop=record["drop"], granularity=record["granularity"], seed=record["seed"],
+                layer=layer or 0,
+            )  # fmt: skip
+            return scaled(array, like(array, 1.0 - dropped.astype(np.float32)))
         return array
 
 
@@ -137,15 +141,3 @@ def pruned(
             parameterwise.replay(prune, moments, config, {**record, "norm_factors": factors, "merged_heads": []})
         )
     return results[0], results[1]
-
-
-def _without_dropped(array: Array, d: models.Declaration, record: Record, first_layer: int) -> Array:
-    """Zeros where neurons were drawn anew."""
-    granularity, count = record["granularity"], record["drop"]["neurons_per_expert"]
-    width, sizes = d.shape[d.axes.index("expert_mlp")], dict(zip(d.axes, array.shape))
-    kept_LEF = np.ones((sizes["layers"], sizes["experts"], width), np.float32)
-    for at in range(sizes["layers"]):
-        for expert in (r * granularity + g for r in record["drop"]["replicas"] for g in range(granularity)):
-            kept_LEF[at, expert, drop.neurons(record["seed"], first_layer + at, expert, width, count)] = 0.0
-    shape = [n if axis in ("layers", "experts", "expert_mlp") else 1 for n, axis in zip(array.shape, d.axes)]
-    return scaled(array, like(array, kept_LEF.reshape(shape)))

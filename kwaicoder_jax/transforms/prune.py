@@ -138,10 +138,10 @@ def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | 
         index, place = np.asarray(record["kept"][axis]), names.index(axis)
         index = index[here] if index.ndim > 1 else index
         if axis == "heads" and names[-1] != "embed" and record.get("merged_heads"):  # the projection into the heads
-            array = heads.merge(array, index, np.asarray(record["merged_heads"])[here], place)
+            array = heads.merge(array, index, np.asarray(record["merged_heads"])[here], names)
         else:
             lists = tuple(names.index(outer) for outer in _NESTED[: index.ndim - 1])
-            array = take(array, index, place, lists)
+            array = take(array, index, place, lists, axes=names)
     factor = record["norm_factors"].get(name)
     if factor is None:
         return array

@@ -14,8 +14,9 @@ import numpy as np
 
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms.activations import Batch, observe, tokens_of
+from kwaicoder_jax.transforms.activations import observe
 from kwaicoder_jax.transforms.arrays import host
+from kwaicoder_jax.transforms.batches import Batch, entries
 from kwaicoder_jax.transforms.clustering import centroids
 
 
@@ -140,7 +141,7 @@ def mlp_inputs(
     """
     found = []
     for number, batch in enumerate(batches):
-        tokens = tokens_of(batch, number)
+        tokens = entries(batch, number)
         real_M = np.flatnonzero(host(tokens[2]).reshape(-1) > 0)
         generator = np.random.default_rng((seed, number))
         picked_M = np.sort(generator.choice(real_M, min(tokens_per_batch, len(real_M)), replace=False))

@@ -3,19 +3,12 @@
 sum_g F_g(x) = F(x) for any partition, because a SwiGLU MLP is a sum over its neurons.
 """
 
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms.arrays import Array, namespace
-
-# Mesh axes, by the names that training.mesh gives them, over which dense parameters are spread; others hold copies.
-DENSE_AXES = ("fsdp", "tensor")
+from kwaicoder_jax.transforms.arrays import Array, homes, namespace, spread, whole_along
 
 
 def check_granularity(granularity: int, mlp_dim: int) -> None:
@@ -53,7 +46,11 @@ def shards(
     if order_RLF is not None:
         order_LRF = xp.swapaxes(xp.asarray(order_RLF), 0, 1)
         index = order_LRF.reshape(*order_LRF.shape[:2], *(-1 if n == "mlp" else 1 for n in names[2:]))
-        array = _take_each(array, index, place)
+        places = whole_along(array, place, tuple(names))
+        array = _take_each(spread(array, places), index, place)
+        if places is not None:  # each device orders the replicas that it will hold
+            places[1] = homes(array, tuple(names))[1]
+        array = spread(array, places)
     array = array.reshape(*array.shape[:place], granularity, -1, *array.shape[place + 1 :])
     names[place : place + 1] = ["shard", "expert_mlp"]
     array = xp.moveaxis(array, place, 2)
@@ -65,7 +62,6 @@ def _take_each(array: Array, index: Array, axis: int) -> Array:
     """`take_along_axis` where array and index broadcast against each other over layers (0) and replicas (1)."""
     if isinstance(array, np.ndarray):
         return np.take_along_axis(array, index, axis=axis)
-    array = _whole_along(array, axis)
     layers, replicas = max(array.shape[0], index.shape[0]), index.shape[1]
     flat_LRF = jnp.broadcast_to(index, (layers, replicas, *index.shape[2:])).reshape(layers, replicas, -1)
 
@@ -73,21 +69,3 @@ def _take_each(array: Array, index: Array, axis: int) -> Array:
         return jax.vmap(lambda order_F: jnp.take(x, order_F, axis=axis - 2))(order_RF)
 
     return jax.vmap(one_layer)(array[:, 0], flat_LRF)
-
-
-def _whole_along(array: jax.Array, axis: int) -> jax.Array:
-    """Under a mesh: each device gets a part of another axis, and `axis` whole, so that it can reorder by itself.
-
-    XLA would otherwise have every device take what it holds of each replica's order and add all of them up.
-    """
-    mesh = jax.typeof(array).sharding.mesh
-    if mesh.empty or mesh.size == 1 or any(kind is not AxisType.Auto for kind in mesh.axis_types):
-        return array
-    axes = [name for name in DENSE_AXES if mesh.shape.get(name, 1) > 1]
-    parts = math.prod(mesh.shape[name] for name in axes)
-    others = [place for place, size in enumerate(array.shape) if place != axis and size % parts == 0]
-    if not others or not axes:
-        return array
-    spec: list[Any] = [None] * array.ndim
-    spec[max(others, key=lambda place: array.shape[place])] = tuple(axes)
-    return jax.lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec(*spec)))

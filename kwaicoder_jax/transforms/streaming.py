@@ -4,11 +4,8 @@ The pieces are independent: each is read, computed and written by one of a few t
 `memory_bytes`. What is written stays: the same call goes on after a crash where it was, to the same bytes.
 """
 
-import concurrent.futures
-import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +16,7 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms import parameterwise
 from kwaicoder_jax.transforms.parameterwise import Record, Transform
 
-MEMORY_BYTES = 2**30
-WORKERS = 5  # some read and compute, which takes memory, while others wait for the disk
+MEMORY_BYTES = checkpoints.MEMORY_BYTES
 
 
 def run(
@@ -47,8 +43,8 @@ def run(
       memory_bytes: of arrays held at once; a single piece may need more, and is then worked on alone.
 
     Raises:
-      UserError: a record of another model, tensors that are missing or of another shape, a full disk, or a folder
-        where other work was begun.
+      UserError: a record of another model, tensors that are missing, of another shape or not finite, a full disk, or a
+        folder where other work was begun.
     """
     tensors = source if isinstance(source, checkpoints.Tensors) else checkpoints.open_tensors(source)
     plan = _Plan(transform, record, tensors)
@@ -58,7 +54,8 @@ def run(
     identity = files.digest({"source": tensors.identity, "transform": of, "record": record})
     try:
         partial = checkpoints.PartialStep(target, step, plan.specs, identity)
-        _write(plan, partial, on_progress or (lambda done, total: None), memory_bytes)
+        pieces = [plan.piece(partial, name, layer) for name, layer in plan.pieces]
+        checkpoints.write_pieces(partial, pieces, on_progress=on_progress, memory_bytes=memory_bytes)
         partial.finish(meta)
     except OSError as error:
         what = f"{error.strerror or error}, with {plan.total_bytes / 1e9:.1f} GB to write in all"
@@ -110,52 +107,18 @@ class _Plan:
         """The slice, [1, ...] for a layer."""
         sources = self._transform.sources(self._record, name, layer)
         arrays = {source: self._tensors[source].read(each) for source, each in sources.items()}
+        for source, array in arrays.items():
+            if not checkpoints.is_finite(array):
+                what = f"{source} holds numbers that are not finite"
+                raise UserError(what, where="source", remedy="it diverged or is damaged: run its stage again")
         array = np.asarray(self._transform.parameter(self._record, name, arrays, layer))
         return array if arrays else array.astype(self.specs[name].dtype)
 
+    def piece(self, partial: checkpoints.PartialStep, name: str, layer: int | None) -> checkpoints.Piece:
+        """The slice as something to be written."""
 
-def _write(
-    plan: _Plan, partial: checkpoints.PartialStep, on_progress: Callable[[int, int], None], memory_bytes: int
-) -> None:
-    """Writes every piece that is not there yet."""
-    todo = [piece for piece in plan.pieces if not partial.is_written(*piece)]
-    done = plan.total_bytes - sum(plan.specs[name].slice_bytes for name, _ in todo)
-    on_progress(done, plan.total_bytes)
-    memory, stop = _Memory(memory_bytes), threading.Event()
+        def stage() -> None:
+            partial.stage(name, self.compute(name, layer), layer)
 
-    def work(name: str, layer: int | None) -> int:
-        with memory.held(plan.memory_bytes(name, layer)):
-            if stop.is_set():
-                return 0
-            partial.stage(name, plan.compute(name, layer), layer)
-        partial.commit(name, layer)
-        return plan.specs[name].slice_bytes
-
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            for future in concurrent.futures.as_completed([pool.submit(work, *piece) for piece in todo]):
-                done += future.result()
-                on_progress(done, plan.total_bytes)
-        except BaseException:
-            stop.set()  # what is being written is finished, and nothing else is begun
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-class _Memory:
-    """Lets as many pieces be worked on as fit in a number of bytes, and at least one."""
-
-    def __init__(self, limit: int):
-        self._limit, self._used, self._freed = limit, 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def held(self, size: int) -> Iterator[None]:
-        with self._freed:
-            self._freed.wait_for(lambda: self._used == 0 or self._used + size <= self._limit)
-            self._used += size
-        try:
-            yield
-        finally:
-            with self._freed:
-                self._used -= size
-                self._freed.notify_all()
+        size = self.specs[name].slice_bytes
+        return checkpoints.Piece(name, layer, size, self.memory_bytes(name, layer), stage)

@@ -225,7 +225,7 @@ def parameter(record: Record, name: str, arrays: dict[str, Array], layer: int | 
     ((source, array),) = arrays.items()
     axes, factor = models.declarations(dense)[source].axes, record["factors"][name]
     if "shared_mlp" in d.axes:
-        return merge.shared(array, axes.index("mlp"), np.asarray(record["shared"]["neurons"])[here], factor)
+        return merge.shared(array, axes, np.asarray(record["shared"]["neurons"])[here], factor)
     if "expert_mlp" not in d.axes:
         return merge.copies(array, record["granularity"] * record["replicas"], d.axes.index("experts"), factor)
     order_RLP = record["partition"]["order"]

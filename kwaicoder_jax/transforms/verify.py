@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,9 +13,9 @@ from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms import groups
 from kwaicoder_jax.transforms.activations import observe
+from kwaicoder_jax.transforms.batches import TARGETS, Batch, entries
+from kwaicoder_jax.transforms.divergence import LARGEST, compare
 from kwaicoder_jax.transforms.report import Report
-
-Batch = Mapping[str, Any]  # "inputs", "positions", "segment_ids", "targets", "loss_mask": [B, T]
 
 
 def verify(
@@ -56,24 +56,24 @@ def verify(
     total: dict[str, Any] | None = None
     exact = "float32" in (dense_config.dtype, moe_config.dtype)
     for number, batch in enumerate(batches):
-        for name in ("inputs", "positions", "segment_ids", "targets", "loss_mask"):
-            if name not in batch:
-                raise UserError(f"batch {number} has no {name!r}", where="batches", remedy=f"it has {sorted(batch)}")
+        arrays = dict(zip(TARGETS, entries(batch, number, TARGETS)))
         with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
             one = _compare(
-                dense_params, moe_params, {name: batch[name] for name in _FIELDS},
+                dense_params, moe_params, arrays,
                 configs=(dense_config, moe_config), runtime=runtime or models.Runtime(), per_layer=per_layer,
                 granularity=granularity if moe_config.experts else None, logit_elements=logit_elements,
             )  # fmt: skip
         one = jax.tree.map(lambda x: np.asarray(x, np.float64), one)
-        total = one if total is None else {name: _JOIN.get(name, np.add)(total[name], one[name]) for name in one}
+        if total is not None:
+            one = {name: (np.maximum if name in LARGEST else np.add)(total[name], one[name]) for name in one}
+        total = one
     if total is None or total["tokens"] == 0:
         raise UserError("no tokens to compare on", where="batches", remedy="give a batch with an open loss mask")
     layers = np.sqrt(total["layer_error"] / total["layer_size"]).tolist() if per_layer else None
     return Report(
         max_relative_logit_error=float(total["max_error"] / total["max_logit"]),
-        valid_loss_dense=float(total["loss_dense"] / total["tokens"]),
-        valid_loss_moe=float(total["loss_moe"] / total["tokens"]),
+        valid_loss_dense=float(total["loss"] / total["tokens"]),
+        valid_loss_moe=float(total["other_loss"] / total["tokens"]),
         kl_dense_to_moe=float(total["kl"] / total["tokens"]),
         tokens=float(total["tokens"]),
         layer_relative_error_L=layers,
@@ -81,10 +81,6 @@ def verify(
         border_ties_L=total["ties"].astype(int).tolist() if "ties" in total else None,
         broken_groups_L=total["broken"].astype(int).tolist() if "ties" in total else None,
     )
-
-
-_FIELDS = ("inputs", "positions", "segment_ids", "targets", "loss_mask")
-_JOIN = {"max_error": np.maximum, "max_logit": np.maximum}
 
 
 @functools.partial(jax.jit, static_argnames=("configs", "runtime", "per_layer", "granularity", "logit_elements"))
@@ -100,20 +96,10 @@ def _compare(
     else:
         count = functools.partial(groups.count, experts=configs[1].experts, granularity=granularity)
         moe, counts = observe(moe_params, configs[1], tokens, count, runtime=runtime, collect_layers=per_layer)
-    seen_BT, mask_BT = batch["segment_ids"] > 0, batch["loss_mask"].astype(jnp.float32)
-    chunk = min(seen_BT.shape[1], max(1, logit_elements // (configs[0].vocab_size * seen_BT.shape[0])))
-    columns = (dense.hidden_BTD, moe.hidden_BTD, batch["targets"], mask_BT, seen_BT)
-    count = -(-seen_BT.shape[1] // chunk)
-    chunked = [_chunks(x, chunk, count) for x in columns]
     projections = (models.projection(dense_params), models.projection(moe_params))
-
-    def step(total, xs):
-        one = _compare_logits(xs, projections)
-        return {name: (jnp.maximum if name in _JOIN else jnp.add)(total[name], one[name]) for name in one}, None
-
-    zero = dict.fromkeys(("max_error", "max_logit", "loss_dense", "loss_moe", "kl"), jnp.zeros(()))
-    total, _ = jax.lax.scan(step, zero, chunked)
-    total |= counts | {"tokens": jnp.sum(mask_BT)}
+    total = compare((dense.hidden_BTD, moe.hidden_BTD), projections, batch, logit_elements)
+    total |= counts | {"tokens": jnp.sum(batch["loss_mask"].astype(jnp.float32))}
+    seen_BT = batch["segment_ids"] > 0
     if moe.router is not None:
         total["seen"] = jnp.sum(seen_BT).astype(jnp.float32)
         total["load"] = moe.router.load_E * total["seen"]
@@ -123,27 +109,3 @@ def _compare(
         total["layer_error"] = jnp.sum(jnp.square(a - b), axis=(1, 2, 3))
         total["layer_size"] = jnp.sum(jnp.square(a), axis=(1, 2, 3))
     return total
-
-
-def _compare_logits(columns: Sequence[jax.Array], projections: Sequence[jax.Array]) -> dict[str, jax.Array]:
-    """The same for one chunk of C tokens per row."""
-    dense_BCD, moe_BCD, targets_BC, mask_BC, seen_BC = columns
-    a, b = (models.logits(x, w) for x, w in zip((dense_BCD, moe_BCD), projections))
-    log_a, log_b = jax.nn.log_softmax(a, axis=-1), jax.nn.log_softmax(b, axis=-1)
-    kl_BC = jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=-1)
-    chosen_a, chosen_b = (jnp.take_along_axis(x, targets_BC[:, :, None], axis=-1)[:, :, 0] for x in (log_a, log_b))
-    seen = seen_BC[:, :, None]
-    return {
-        "max_error": jnp.max(jnp.where(seen, jnp.abs(a - b), 0.0)),
-        "max_logit": jnp.max(jnp.where(seen, jnp.abs(a), 0.0)),
-        "loss_dense": -jnp.sum(mask_BC * chosen_a),
-        "loss_moe": -jnp.sum(mask_BC * chosen_b),
-        "kl": jnp.sum(mask_BC * kl_BC),
-    }
-
-
-def _chunks(x: jax.Array, chunk: int, count: int) -> jax.Array:
-    """[B, T, ...] to [count, B, chunk, ...], padded with zeros (mask 0): the batch axis stays whole and sharded."""
-    widths = [(0, 0), (0, chunk * count - x.shape[1])] + [(0, 0)] * (x.ndim - 2)
-    padded = jnp.pad(x, widths).reshape(x.shape[0], count, chunk, *x.shape[2:])
-    return jnp.moveaxis(padded, 1, 0)

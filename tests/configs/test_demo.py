@@ -35,6 +35,11 @@ def test_fixed_names(config):
     assert {"benchmarks", "data_dir", "num_samples", "samples"} <= set(config.evaluate)
     for name in ("prune", "distill", "upcycle", "cpt", "evaluate"):
         assert "init_from" in config[name]
+    for name in ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate"):
+        assert config[name].seed is None  # the recipe's
+        config[name].seed = 3
+    for name in ("pretrain", "prune", "distill", "upcycle", "cpt"):
+        assert config[name].steps > 0
 
 
 def test_three_phases_with_their_own_data_rates_and_fim(config):

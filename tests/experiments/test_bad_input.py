@@ -1,5 +1,7 @@
 """Bad input: one line that says what, where and what would be right; exit status 2; nothing half-written."""
 
+import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -10,6 +12,7 @@ import time
 
 import pytest
 
+from kwaicoder_jax import checkpoints
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.evaluation import benchmarks
 from tests.experiments import commands
@@ -96,6 +99,19 @@ def test_foreign_checkpoint(work, tmp_path):
         manager.save(0, args=items)
     output = refused("upcycle", work, f"--config.upcycle.init_from={tmp_path / 'foreign'}")
     assert "not a checkpoint of this program" in output
+
+
+def test_a_checkpoint_of_another_shape_than_its_config(work):
+    """In a process of its own: what is wrong must not be found by threads that say so as they die."""
+    with contextlib.closing(checkpoints.CheckpointStore(work / "distill" / "checkpoints")) as store:
+        step = store.latest_step()
+        meta = store.meta(step)
+    meta["model"]["mlp_dim"] *= 2
+    (work / "distill" / "checkpoints" / str(step) / "meta" / "metadata").write_text(json.dumps(meta))
+    output = refused("upcycle", work)
+    assert "upcycle.init_from" in output
+    assert "has shape (2, 32, 24), the config says (2, 64, 24)" in output
+    assert not (work / "upcycle").exists()
 
 
 def test_lossy_is_possible_when_asked_for(work):

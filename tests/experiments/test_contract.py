@@ -1,13 +1,17 @@
 """The contract's parts without a process: identities, flattened configs, phases, stopping."""
 
+import errno
+import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 
-from experiments import command, contract, stopping, training_stage
+from experiments import command, contract, memory, stopping, training_stage, transformed
 from experiments.display import Display
-from kwaicoder_jax import distillation, models, training
+from kwaicoder_jax import distillation, models, testing, training, transforms
 from kwaicoder_jax.errors import UserError
+from tests.experiments import tiny_config
 
 
 def context(tmp_path, name="one", **section):
@@ -85,11 +89,12 @@ def test_a_restart_with_bad_input_keeps_what_was_finished(tmp_path):
     assert contract.run(context(tmp_path)) == first
 
 
-def test_a_full_disk_keeps_what_was_written(tmp_path):
+@pytest.mark.parametrize(("number", "kept"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.ENOENT, False)])
+def test_a_full_disk_keeps_what_was_written(tmp_path, number, kept):
     def full(context):
-        (context.folder / "part").write_text("part")
+        (context.folder / "checkpoints/.0.partial").mkdir(parents=True)
         try:
-            raise OSError(28, "No space left on device")
+            raise OSError(number, "No space left on device")
         except OSError as error:
             raise UserError("no room", remedy="make room") from error
 
@@ -97,7 +102,66 @@ def test_a_full_disk_keeps_what_was_written(tmp_path):
     stopped.stage = contract.Stage("one", full)
     with pytest.raises(UserError, match="no room"):
         contract.run(stopped)
-    assert (tmp_path / "one" / "part").exists()
+    assert (tmp_path / "one" / "checkpoints").exists() == kept
+
+
+def reader(tmp_path, work=None, **section):
+    """A stage that leaves a file, and reads the one that its config names."""
+
+    def run(context):
+        place = context.section.get("scores")
+        if work is not None:
+            work(context)
+        text = contract.files.path(place).read_text() if place else "measured"
+        (context.folder / "scores.npz").write_text(text)
+        return {"scores": text}
+
+    one = context(tmp_path, **section)
+    one.stage = contract.Stage("one", run, other_files=lambda c: {"scores": c.section["scores"]} if section else {})
+    return one
+
+
+def test_a_restart_can_read_a_file_of_the_run_that_it_replaces(tmp_path):
+    contract.run(reader(tmp_path))
+    own = {"scores": str(tmp_path / "one" / "scores.npz")}
+    with pytest.raises(ZeroDivisionError):
+        contract.run(reader(tmp_path, lambda context: 1 / 0, **own), restart=True)
+    (tmp_path / "one" / "scores.npz").unlink()  # as if the kill had come before the file was copied
+    again = contract.run(reader(tmp_path, **own))
+    assert again["scores"] == "measured"
+    assert contract.run(reader(tmp_path, **own)) == again  # finished: its input is still there
+    assert contract.run(reader(tmp_path, **own), restart=True)["scores"] == "measured"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one"]
+
+
+def test_a_restart_that_fails_restores_the_run_whose_file_it_reads(tmp_path):
+    first = contract.run(reader(tmp_path))
+
+    def broken(context):
+        try:
+            (tmp_path / "nowhere").read_text()
+        except OSError as error:
+            raise UserError("not a file of scores") from error
+
+    with pytest.raises(UserError, match="not a file of scores"):
+        contract.run(reader(tmp_path, broken, scores=str(tmp_path / "one" / "scores.npz")), restart=True)
+    assert contract.run(reader(tmp_path)) == first
+
+
+def test_what_a_kill_left_of_the_replaced_run_is_not_taken_for_the_finished_one(tmp_path):
+    """The kill came after summary.json was written, while the old folder was being removed."""
+    first = contract.run(context(tmp_path))
+    aside = tmp_path / ".one.replaced"
+    aside.mkdir()
+    (aside / "junk").write_text("")
+    wrong = context(tmp_path, x=3)
+    wrong.stage = contract.Stage("one", failing)
+    with pytest.raises(UserError, match="bad"):
+        contract.run(wrong, restart=True)
+    assert contract.run(context(tmp_path)) == first
+    aside.mkdir()
+    assert contract.run(context(tmp_path)) == first
+    assert not aside.exists()
 
 
 def test_restarts_that_were_killed_keep_the_last_finished_run_aside(tmp_path):
@@ -176,6 +240,88 @@ def test_a_value_that_cannot_be_is_named_as_in_the_config(cls, values, words):
 
 def test_lists_of_names_may_be_given_with_commas():
     assert command._lists({"a": ("x,y",), "b": ("x", "y"), "c": 3}) == {"a": ("x", "y"), "b": ("x", "y"), "c": 3}
+
+
+@pytest.mark.parametrize(
+    ("words", "kept", "nones"),
+    [
+        (["--config.a.b=None", "--x=1"], ["--x=1"], ["a.b"]),
+        (["--config.a=3", "--config.b=None", "-config.a=None"], [], ["a", "b"]),
+        (["--config.a=None", "--config.a=3"], ["--config.a=None", "--config.a=3"], []),
+        (["--workdir=None", "--config=None"], ["--workdir=None", "--config=None"], []),
+    ],
+)
+def test_fields_that_are_set_to_none_are_taken_off_the_command_line(words, kept, nones):
+    assert command._split_nones(words) == (kept, nones)
+
+
+def test_any_field_can_be_unset():
+    config = tiny_config.get_config()
+    config.lock()
+    for name in ("prune.target.mlp_dim", "cpt.init_from", "prune.search.max_params", "prune.search"):
+        command._set_none(config, name)
+    assert config.prune.target.mlp_dim is None
+    assert config.prune.search is None
+    for name in ("prune.target.width", "nowhere.a"):
+        with pytest.raises(KeyError):
+            command._set_none(config, name)
+
+
+def test_a_stage_s_own_seed_comes_before_the_recipe_s(tmp_path):
+    assert context(tmp_path).seed == 0
+    assert context(tmp_path, seed=None).seed == 0
+    assert context(tmp_path, seed=3).seed == 3
+
+
+def test_inputs_that_cannot_be_started_from_are_named(tmp_path):
+    contract.run(context(tmp_path, "other"))
+    one = context(tmp_path)
+    one.config["stages"] = ("other", "one")
+    for name, words in (("other", "one.init_from: other leaves no checkpoint"), ("one", "one.init_from: one is not")):
+        one.stage = contract.Stage("one", failing, inputs=lambda context, name=name: {"init_from": name})
+        with pytest.raises(UserError, match=words):
+            contract.run(one)
+    (tmp_path / "one/checkpoints").mkdir(parents=True)
+    for name in ("stage", "summary"):
+        (tmp_path / f"one/{name}.json").write_text('{"identity": "x"}')
+    with pytest.raises(UserError, match=r"one\.init_from: a stage cannot start from itself"):
+        contract.run(one, restart=True)
+
+
+def test_a_result_that_the_machine_cannot_hold_is_refused(tmp_path, monkeypatch):
+    config = testing.dense_config()
+    record = transforms.upcycle.plan(config, granularity=4, replicas=2)
+    needed = 4 * record["params_total"]
+    for free in (needed, None):
+        monkeypatch.setattr(memory, "available", lambda free=free: free)
+        transformed.check_memory(context(tmp_path, "upcycle"), record)
+    monkeypatch.setattr(memory, "available", lambda: needed - 1)
+    with pytest.raises(
+        UserError, match=r"^upcycle\.streamed: .* set upcycle\.streamed=True .* fewer upcycle\.replicas"
+    ):
+        transformed.check_memory(context(tmp_path, "upcycle"), record)
+
+
+def test_free_memory_is_what_the_kernel_says(tmp_path, monkeypatch):
+    assert 0 < memory.available() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    7 kB\n")
+    monkeypatch.setattr(memory, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "_CGROUP", tmp_path)
+    assert memory.available() == 7 * 1024
+    for name, text in (("max", "5000"), ("current", "4500"), ("stat", "anon 1\ninactive_file 30\nactive_file 4\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert memory.available() == 5000 - (4500 - 34)
+    (tmp_path / "memory.max").write_text("max")
+    assert memory.available() == 7 * 1024
+    (tmp_path / "meminfo").unlink()
+    assert memory.available() is None
+
+
+def test_a_model_with_fewer_rows_than_tokens_is_refused():
+    corpus = SimpleNamespace(tokenizer=SimpleNamespace(vocab_size=500))
+    training_stage.check_vocabulary(500, corpus, "model.vocab_size")
+    with pytest.raises(UserError, match=r"^model\.vocab_size: a vocabulary of 499 is less than the 500 tokens"):
+        training_stage.check_vocabulary(499, corpus, "model.vocab_size")
 
 
 def section(steps, *shares):

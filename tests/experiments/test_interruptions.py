@@ -26,7 +26,7 @@ def interrupt_often(workdir, times: int, seed: int) -> None:
     rng = random.Random(seed)
     for number in range(times):
         how = signal.SIGTERM if number % 3 == 2 else signal.SIGKILL
-        status = interrupt(workdir, rng.uniform(3.0, 16.0), how)
+        status = interrupt(workdir, rng.uniform(2.0, 10.0), how)
         if status is None:
             return
         assert status == (0 if how == signal.SIGTERM else -signal.SIGKILL)

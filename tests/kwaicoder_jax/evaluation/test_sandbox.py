@@ -18,7 +18,9 @@ import pytest
 from kwaicoder_jax import errors
 from kwaicoder_jax.evaluation import isolation, outcomes, pipes, sandbox
 
-LIMITS = outcomes.Limits(cpu_seconds=0.6, wall_seconds=60.0, memory_bytes=256 << 20, output_bytes=100_000, processes=24)
+# CPU time is for programs that go on for ever; what ends for another reason gets there on a busy machine too.
+LIMITS = outcomes.Limits(cpu_seconds=8.0, wall_seconds=60.0, memory_bytes=256 << 20, output_bytes=100_000, processes=24)
+BRIEF = dataclasses.replace(LIMITS, cpu_seconds=0.6)
 MARK = (*sandbox.PYTHON_FLAGS, "-X", f"sandbox_tests_{os.getpid()}")  # to find what is left of them
 SYSTEM_PYTHON = "/usr/bin/python3"
 WEAKEST = isolation.Isolation(namespaces=False, user=None)
@@ -136,7 +138,7 @@ def test_a_right_program_passes(box, plain):
 )
 def test_wrong_programs(box, plain, program, status, detail):
     for one in (box, plain):
-        outcome = run(one, program)
+        outcome = run(one, program, limits=BRIEF if status == "timeout" else LIMITS)
         assert outcome.status == status, outcome
         assert detail in outcome.detail
         assert len(outcome.output) <= 100_000 >= len(outcome.errors)
@@ -170,7 +172,7 @@ def test_fork_bomb(box):
         "import os, time\nn = 0\ntry:\n  while os.fork(): n += 1\n  time.sleep(9)\nexcept OSError: print(n)",
     )
     assert int(started.output.split()[0]) in range(15, LIMITS.processes + 1)  # the limit binds, in a bounded case first
-    outcome = run(box, "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass")
+    outcome = run(box, "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", limits=BRIEF)
     assert outcome.status == "timeout"
     assert outcome.seconds < 30
 
@@ -186,9 +188,9 @@ def test_work_in_children_counts(box, plain):
             os.wait()
     """
     for one in (box, plain):
-        outcome = run(one, program)
+        outcome = run(one, program, limits=BRIEF)
         assert (outcome.status, "CPU" in outcome.detail) == ("timeout", True)
-        assert 0.6 < outcome.cpu_seconds < 2
+        assert 0.6 < outcome.cpu_seconds < 3
 
 
 def test_the_cpu_limit_does_not_wait_for_a_look(box):
@@ -295,7 +297,7 @@ def test_files_outside_are_out_of_reach(box, tmp_path):
                 except OSError: pass
                 else: raise AssertionError('wrote ' + place)
         """
-        outcome = run(box, program, limits=dataclasses.replace(LIMITS, cpu_seconds=5))
+        outcome = run(box, program, limits=LIMITS)
         assert os.path.exists(at_home.name)
     assert canary.read_text() == "alive"
     assert outcome.status == "passed", outcome
@@ -457,7 +459,8 @@ def test_results_do_not_depend_on_the_number_of_workers(box):
         *("assert True", "assert False", "while True: pass", "import os; os._exit(0)", "print('x' * 10**6)") * 2,
         "print(hash('a'), list({'b', 'c', 'd'}))",
     ]
-    one, many = box.run_many(programs, workers=1), box.run_many(programs, workers=8)
+    brief = sandbox.Sandbox(BRIEF, python_flags=MARK, isolation=box.isolation)
+    one, many = brief.run_many(programs, workers=1), brief.run_many(programs, workers=8)
     assert [(o.status, o.detail, o.exit_code) for o in one] == [(o.status, o.detail, o.exit_code) for o in many]
     assert one[-1].output == many[-1].output
     assert [o.status for o in one[:5]] == ["passed", "failed", "timeout", "failed", "output"]

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import random
+import sys
 from typing import Any
 
 import jax
@@ -209,3 +210,20 @@ def test_stopping_saves_the_step_that_was_done(tmp_path):
     meta = checkpoints.read_meta(tmp_path)
     assert (meta["progress"]["step"], meta["loader"]["number"]) == (1, 1)
     assert [line["step"] for line in records(tmp_path)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "step", "where"), [([np.nan], 0, "init_from"), ([1.0, np.inf], 7, "phases.*.rate.peak")]
+)
+def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch, losses, step, where):
+    """It is in the metrics, and nothing is saved after it."""
+    left = iter(losses)
+    monkeypatch.setattr(sys.modules[__name__], "held_out", lambda params: {"valid_loss": next(left)})
+    with pytest.raises(training.Diverged, match=f"after step {step}") as error:
+        run(tmp_path)
+    assert error.value.where == where
+    assert error.value.remedy
+    valid = [record for record in training.read_metrics(tmp_path / "metrics.jsonl") if "valid_loss" in record]
+    assert (valid[-1]["step"], valid[-1]["valid_loss"]) == (step, None)
+    with contextlib.closing(checkpoints.CheckpointStore(tmp_path / "checkpoints")) as store:
+        assert (store.latest_step() or 0) <= step

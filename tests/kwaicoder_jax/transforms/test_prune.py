@@ -194,6 +194,19 @@ def test_norm_correction_is_the_root_of_the_kept_energy_share():
     np.testing.assert_allclose(after["final_norm/scale"], before["final_norm/scale"][embed] * factor, rtol=1e-14)
 
 
+def test_a_norm_that_nothing_entered_is_left_alone():
+    share_LD = made_scores(CONFIG).mlp_norm_LD.copy()
+    share_LD[2] = 0  # as after calibration on nothing but zeros there
+    scores = made_scores(CONFIG, mlp_norm_LD=share_LD, final_norm_D=np.zeros(32))
+    with np.errstate(all="raise"):
+        record = prune.plan(CONFIG, scores, Target(model_dim=24))
+    embed, factors = record["kept"]["embed"], record["norm_factors"]
+    expected = np.sqrt(share_LD[:, embed].sum(-1) * 32 / 24)
+    expected[2] = 1
+    np.testing.assert_allclose(factors["layers/mlp_norm/scale"], expected, rtol=1e-14)
+    assert factors["final_norm/scale"] == 1
+
+
 def test_norm_correction_keeps_the_kept_channels_size():
     """On energy that is spread unevenly, the kept channels leave the norm as large as before (RECIPE, section 2)."""
     rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ from kwaicoder_jax.transforms import Target, prune
 
 from . import masks, reference
 
-# float64 on both sides; what is left is the norm's epsilon of 1e-12 against energies of about 1 (channels), 1e-16 else.
+# float64 on both sides. The norms' epsilon of 1e-18 is small against one channel of 0.005 among 20 (energy 1e-6).
 EXACT = 1e-9
 SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -20,7 +20,7 @@ def cases(draw):
     groups, per_group = draw(st.sampled_from([(1, 4), (4, 1), (2, 3), (3, 2), (1, 1)]))
     config = testing.dense_config(
         layers=draw(st.sampled_from([1, 4])), model_dim=20, heads=groups * per_group, kv_heads=groups, head_dim=4,
-        mlp_dim=14, vocab_size=23, tie_embeddings=draw(st.booleans()), norm_epsilon=1e-12,
+        mlp_dim=14, vocab_size=23, tie_embeddings=draw(st.booleans()), norm_epsilon=1e-18,
     )  # fmt: skip
     to_groups = draw(st.integers(1, groups))
     sizes = {"heads": to_groups * draw(st.integers(1, per_group)), "kv_heads": to_groups}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kwaicoder_jax import hardware, models, testing
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models import ExpertsConfig
-from kwaicoder_jax.transforms import Target, importance, prune, search, shapes, verify
+from kwaicoder_jax.transforms import Target, importance, prune, retained, search, shapes, verify
 from kwaicoder_jax.transforms.costs import Costs, Serving
 from kwaicoder_jax.transforms.divergence import Teacher
 from kwaicoder_jax.transforms.target import present
@@ -163,6 +163,70 @@ def test_candidates_are_spread_over_depths_and_widths_and_keep_most_of_each():
         assert first.kept == max(shape.kept for shape in found if shape.target.layers == depth)
     largest = sorted(found, key=lambda shape: -shape.cost.params)[:12]
     assert len({shape.target.layers for shape in largest}) < len(depths)  # what taking the largest would see
+
+
+def test_what_a_shape_keeps_is_shares_of_influence_and_of_squared_scores():
+    scores = made_scores(CONFIG)
+    share = retained.kept_share(CONFIG, scores, protect_ends=False, layer_scores="influence")
+
+    def of(values, kept):
+        return np.log(values[kept].sum() / values.sum())
+
+    def most(values, count):
+        return np.sort(np.square(values), axis=-1)[..., ::-1], np.s_[..., :count]
+
+    whole = Target().resolve(CONFIG)
+    expected = {
+        "layers": (2, of(scores.layers_L, np.argsort(scores.layers_L)[1:])),
+        "model_dim": (16, of(*most(scores.channels_D, 16))),
+        "mlp_dim": (16, of(*most(scores.neurons_LF, 16))),
+        "heads": (2, of(*most(scores.heads_LH.reshape(3, 2, 2), 1))),  # one in each of the two groups
+    }
+    for field, (size, value) in expected.items():
+        assert share(dataclasses.replace(whole, **{field: size})) == pytest.approx(value, rel=1e-12), field
+    together = dataclasses.replace(whole, **{field: size for field, (size, _) in expected.items()})
+    assert share(together) == pytest.approx(sum(value for _, value in expected.values()), rel=1e-12)
+
+
+def test_options_of_pruning_hold_in_the_search(teacher):
+    """In the shapes that are looked at, in what is measured, and in what is handed on to be distilled."""
+    params, scores, batches = teacher
+    budget, space = shapes.Budget(max_params=int(models.count(CONFIG) * 0.9)), shapes.Space(least=0.3)
+    options = {"norm_correction": False, "protect_ends": False, "head_merge": True}
+
+    def looked_at(**options):
+        rows, _ = search.table(CONFIG, scores, budget, space, 10**6, options)
+        return {(row.sizes["layers"], row.sizes["heads"] // row.sizes["kv_heads"]) for row in rows}
+
+    assert {layers for layers, _ in looked_at()} == {2, 3}
+    assert {layers for layers, _ in looked_at(protect_ends=False)} == {1, 2, 3}
+    assert {heads for _, heads in looked_at(head_merge=True)} == {1, 2}
+    given, channels = [], dict.fromkeys(("layers", "mlp_dim", "heads", "kv_heads"), 1)  # which alone may be cut
+    result = search.run(
+        params, CONFIG, scores, batches, budget=budget, space=dataclasses.replace(SPACE, minimum=channels), candidates=1,
+        options=options, distil=lambda *pruned: given.append(pruned) or 1.0, distil_top=1,
+    )  # fmt: skip
+    ((student, config, record),) = given
+    assert {name: record[name] for name in options} == options
+    expected, _, _ = prune.apply(params, CONFIG, scores, Target(**result.best.sizes), **options)
+    jax.tree.map(np.testing.assert_array_equal, student, expected)
+    same = Teacher(params, CONFIG, batches).distance(expected, config)
+    assert result.best.kl == pytest.approx(same.kl, rel=1e-6)
+    corrected, _, _ = prune.apply(params, CONFIG, scores, Target(**result.best.sizes))
+    assert abs(Teacher(params, CONFIG, batches).distance(corrected, config).kl - same.kl) > 1e-3
+
+
+def test_elsewhere_than_on_cpu_candidates_are_cut_on_the_device(teacher, monkeypatch):
+    params, scores, _ = teacher
+    record = prune.plan(CONFIG, scores, Target(layers=2, model_dim=16, mlp_dim=16, heads=2))
+    here, config, _ = search._pruned(params, CONFIG, record)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    there, same, _ = search._pruned(params, CONFIG, record)
+    assert config == same
+    for a, b in zip(jax.tree.leaves(here), jax.tree.leaves(there), strict=True):
+        assert isinstance(a, np.ndarray)
+        assert isinstance(b, jax.Array)
+        np.testing.assert_array_equal(a, b)
 
 
 def test_mixtures_are_searched_along_their_own_axes():

@@ -2,6 +2,8 @@
 
 import pytest
 
+from kwaicoder_jax import training
+from kwaicoder_jax.transforms import arrays
 from tests.kwaicoder_jax.training import devices
 
 
@@ -10,13 +12,24 @@ def report():
     return devices.run("transforms.transform_on_devices", 8)
 
 
+def test_axes_are_at_home_where_training_spreads_them():
+    assert dict(training.mesh.RULES) | {"replica": "expert"} == arrays.HOMES
+
+
 def test_the_bits_are_those_of_numpy(report):
-    assert len(report) == 18
-    assert all(one["same"] for one in report.values())
+    assert len(report["whole"]) == 15
+    assert all(report["whole"].values())
+    assert len(report["each"]) > 150
+    assert all(one["same"] for one in report["each"].values())
 
 
 def test_no_whole_stacked_parameter_is_gathered_or_made(report):
-    """Largest array and largest collective of one device, against the largest parameter, before and after."""
-    for name, one in report.items():
-        assert one["array"] < max(one["before"], one["after"]) / 2, name
-        assert one["collective"] < one["before"] / 2, name
+    """Of each parameter by itself: neither as large as source or result, the smaller of them.
+
+    And of matrices, never more than what a device holds of source or result anyway; a norm's few numbers are not
+    always shared evenly, and where every axis is cut to a half a part of the source is more than the whole result.
+    """
+    for name, one in report["each"].items():
+        largest = max(one["collective"], one["array"])
+        assert largest < one["smallest"] or largest <= one["part"], name
+        assert largest <= one["part"] or name.endswith("norm/scale"), name

@@ -1,6 +1,7 @@
 """Upcycling through the mixture layer that is trained: forward, gradients, bf16, ties, and a sharded mesh."""
 
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -75,29 +76,48 @@ def test_control_what_is_lossy_fails_the_same_tolerance(params, tokens, name):
     assert reference.relative(run_mixture(config, weights(moe, "moe"), tokens), expected) > 1e-2
 
 
-@pytest.mark.parametrize(
-    ("granularity", "top", "placement"), [(1, 2, "balanced"), (2, 1, "up"), (4, 1, "down"), (8, 2, "balanced")]
-)
-def test_forward_bf16_within_a_few_ulp(params, tokens, granularity, top, placement):
-    """As near to the exact function as the dense layer in bf16 is, and within 4 ulp of a token's largest output."""
+@pytest.fixture(scope="module")
+def bf16(params, tokens):
+    """Config, rounded parameters, tokens, and what the dense layer makes of them in bf16 and exactly."""
     config = CONFIG.replace(dtype="bfloat16", param_dtype="bfloat16")
-    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-    x = tokens.astype(jnp.bfloat16)
-    moe, moe_config, _ = upcycle.apply(
-        rounded,
-        config,
-        granularity=granularity,
-        replicas=4,
-        top_replicas=top,
-        router_std=0.3,
-        scale_placement=placement,
-    )
-    y = np.asarray(run_mixture(moe_config, weights(moe, "moe"), x), np.float64)
+    rounded, x = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), tokens.astype(jnp.bfloat16)
     dense = np.asarray(run_dense_mlp(config, weights(rounded, "mlp"), x), np.float64)
     exact, _ = reference.dense_mlp(x.astype(np.float64), reference.float64(weights(rounded, "mlp")))
+    return config, rounded, x, dense, exact
+
+
+@pytest.mark.parametrize(("granularity", "replicas", "top"), GRID)
+def test_forward_bf16_within_a_few_ulp(bf16, granularity, replicas, top):
+    """As near to the exact function as the dense layer in bf16 is, and within 4 ulp of a token's largest output.
+
+    Every placement of the factor, and routers of random rows, of rows that replicas share in pairs, and of zeros alone:
+    with the latter two, replicas tie exactly, at the border too. One program for all of them.
+    """
+    config, rounded, x, dense, exact = bf16
     ulp = 2.0**-8 * np.max(np.abs(exact), axis=-1, keepdims=True)
-    assert np.sqrt(np.mean((y - exact) ** 2)) < 2 * np.sqrt(np.mean((dense - exact) ** 2))
-    assert (np.abs(y - dense) < 4 * ulp).all()
+    for placement, ties in itertools.product(("balanced", "down", "up"), ("none", "pairs", "all")):
+        moe, moe_config, _ = upcycle.apply(
+            rounded, config, granularity=granularity, replicas=replicas, top_replicas=top,
+            router_std=0.0 if ties == "all" else 0.3, scale_placement=placement,
+        )  # fmt: skip
+        w = weights(moe, "moe")
+        if ties == "pairs":
+            w["router"] = w["router"][:, np.arange(granularity * replicas) // (2 * granularity) * (2 * granularity)]
+        y = np.asarray(run_mixture(moe_config, w, x), np.float64)
+        assert np.sqrt(np.mean((y - exact) ** 2)) < 2 * np.sqrt(np.mean((dense - exact) ** 2)), (placement, ties)
+        assert (np.abs(y - dense) < 4 * ulp).all(), (placement, ties)
+
+
+def test_control_bf16_fails_shard_major_where_replicas_tie(bf16):
+    """The same tolerance sees two copies of one shard."""
+    config, rounded, x, dense, exact = bf16
+    moe, moe_config, _ = upcycle.apply(rounded, config, granularity=2, replicas=2, router_std=0.0)
+    shard_major = [0, 2, 1, 3]  # e = g*R + r
+    w = {n: v[..., shard_major] if n == "router" else v[shard_major] for n, v in weights(moe, "moe").items()}
+    y = np.asarray(run_mixture(moe_config, w, x), np.float64)
+    ulp = 2.0**-8 * np.max(np.abs(exact), axis=-1, keepdims=True)
+    assert (np.abs(y - dense) > 4 * ulp).any()
+    assert np.sqrt(np.mean((y - exact) ** 2)) > 10 * np.sqrt(np.mean((dense - exact) ** 2))
 
 
 @pytest.mark.parametrize(

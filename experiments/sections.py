@@ -1,0 +1,187 @@
+"""The fields of the config sections, for the types and ranges that are checked before a stage does anything.
+
+Only what no library function or dataclass says already: their fields are read off them (`fields.of_function`).
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.fields import Count, Natural, Positive, Seed, Share
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One phase; `fim` and `rate` are checked where they are built."""
+
+    share: float
+    batch_size: int
+    sequence_length: int
+    mixture: Mapping[str, float]
+    fim: Mapping[str, Any]
+    rate: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What stands beside the sections."""
+
+    seed: Seed
+    stages: Sequence[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """loader."""
+
+    streams: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What every stage has that draws something."""
+
+    seed: Seed | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training(Drawing):
+    """pretrain."""
+
+    init_from: str | None = None
+    steps: int
+    phases: Mapping[str, Phase]
+    optimizer: Mapping[str, Any]
+    log_every: int
+    eval_every: int
+    save_every: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(Training):
+    """distill."""
+
+    teacher: str | None = None
+    loss: Mapping[str, Any]
+    hidden_every: int
+    continue_data: bool
+    baseline: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cpt(Training):
+    """cpt."""
+
+    balance: Mapping[str, Any]
+    continue_data: bool
+    continue_optimizer: bool
+    match_rates: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transform(Drawing):
+    """What prune and upcycle share."""
+
+    init_from: str | None = None
+    steps: Count
+    calibration: Phase
+    streamed: bool
+    verify: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """prune.search."""
+
+    max_params: Count | None
+    max_active_params: Count | None
+    max_bytes: Count | None
+    max_latency: Positive | None
+    chip: str | None
+    context: Natural
+    batch: Count
+    candidates: Count
+    batches: Count
+    least: Share
+    minimum: Mapping[str, float | None]
+    multiples: Mapping[str, int | None]
+    granularity: Count
+    distill_top: Natural
+    distill_steps: Natural
+    distill_rate: Positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prune(Transform):
+    """prune."""
+
+    importance: Mapping[str, Any]
+    norm_correction: bool
+    protect_ends: bool
+    layer_scores: str
+    head_merge: bool
+    target: Mapping[str, Any]
+    search: Search | None = None
+    scores: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Upcycle(Transform):
+    """upcycle, but for the arguments of `upcycle.plan`."""
+
+    coactivation: Mapping[str, Any]
+    optimizer_state: bool
+    second_moment: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate(Drawing):
+    """evaluate."""
+
+    init_from: str | None = None
+    benchmarks: Sequence[str]
+    data_dir: str | None = None
+    num_samples: Count
+    temperature: float
+    max_new_tokens: Count
+    samples: str | None = None
+    infilling_source: str
+    infilling_tasks: Count
+    infilling_window: Count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareData(Drawing):
+    """prepare_data, but for the arguments of `data.prepare`."""
+
+    sources: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """report."""
+
+    title: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportHf:
+    """import_hf; its flags have the same names."""
+
+    source: str | None = None
+    tokenizer: str | None = None
+    param_dtype: str = "stored"
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportHf:
+    """export_hf; its flags have the same names, but for --checkpoint, which is init_from."""
+
+    init_from: str | None = None
+    target: str | None = None
+    tokenizer: str | None = None
+    family: str | None = None
+    dtype: str = "stored"
+    max_shard_bytes: Count = 5_000_000_000
+    max_length: Count | None = None
