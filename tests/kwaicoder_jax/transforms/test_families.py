@@ -73,6 +73,12 @@ def test_windows_go_with_their_layers():
     assert Target(layers=1).apply(config, [0]).windows == ()
 
 
+@pytest.mark.parametrize("field", ["heads", "kv_heads"])
+def test_heads_of_latent_attention_are_one_size(field):
+    resolved = Target(**{field: 3}).resolve(ONE_STACK["latent"])
+    assert (resolved.heads, resolved.kv_heads) == (3, 3)
+
+
 REFUSED = {
     "heads normed together": (
         "olmoe",
