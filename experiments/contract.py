@@ -178,15 +178,17 @@ def _record(context: Context) -> dict[str, Any]:
     config = {name: context.config[name] for name in (stage.name, *stage.sections) if name in context.config}
     config[stage.name] = {name: x for name, x in config[stage.name].items() if name not in stage.places}
     config["seed"] = context.config.get("seed", 0)
-    identities = {}
+    identities, names = {}, {}
     for role, name in stage.inputs(context).items():
         context.inputs[role], identities[role] = _input(context, role, name)
+        if context.inputs[role] == context.workdir / name:
+            names[role] = name
     for field, place in stage.other_files(context).items():
         identities[field] = _content(context, f"{stage.name}.{field}", place)
     identities |= stage.contents(context)
     config = _plain(config)
     identity = files.digest({"stage": stage.name, "config": config, "inputs": identities})
-    return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity}
+    return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity, "stages": names}
 
 
 def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
@@ -257,7 +259,18 @@ def _compare(context: Context, record: dict[str, Any]) -> None:
             raise UserError(change, where=field, remedy=remedy)
     for role in sorted({**old["inputs"], **record["inputs"]}):
         if old["inputs"].get(role) != record["inputs"].get(role):
-            raise UserError("its input is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
+            source = f"its input {record['stages'].get(role, '')}".rstrip()
+            raise UserError(f"{source} is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
+
+
+def check_fresh(workdir: Any, name: str) -> None:
+    """UserError if the finished stage was made from another run of a stage than the one that stands in `workdir`."""
+    made = files.read_json(workdir / name / "stage.json")
+    for role, source in made.get("stages", {}).items():
+        file = workdir / source / "stage.json"
+        if not file.exists() or files.read_json(file)["identity"] != made["inputs"][role]:
+            what = f"{name} was made from another {source} than the one that stands here"
+            raise UserError(what, where=f"{name}.{role}", remedy=f"run {name} again, with --restart")
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
