@@ -21,7 +21,7 @@ def main() -> None:
         return weight.rows(start, stop)
 
     source.tensors._weights[query] = dataclasses.replace(weight, rows=rows)
-    mesh = training.make_mesh(training.MeshConfig(fsdp=2, tensor=2))
+    mesh = training.make_mesh(training.MeshConfig(fsdp=4))
     shardings = training.param_shardings(source.config, mesh)
     placed = models.flatten(huggingface.load(source, shardings))
     most = max(asked)

@@ -245,6 +245,7 @@ def test_a_number_beyond_float16_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["import", "export"])
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(saved, tmp_path, kind):
     source = saved("mixtral")[0]
@@ -284,6 +285,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(saved, tmp_path, 
     assert contents(target) == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def contents(folder):
     """Bytes of every file, without what tells the time or the folder's name."""
     found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

@@ -94,7 +94,9 @@ def test_biases_of_experts_reach_output_and_statistics():
     x = np.random.default_rng(5).standard_normal((2, 9, config.model_dim)).astype(np.float32)
     mask = np.ones((2, 9), bool)
     mask[1, 6:] = False
-    (y, _), recorded = MoE(config, models.Runtime()).apply({"params": p}, x, mask, mutable=["statistics"])
+    (y, _), recorded = MoE(config, models.Runtime()).apply(
+        {"params": jax.tree.map(jnp.asarray, p)}, jnp.asarray(x), jnp.asarray(mask), mutable=["statistics"]
+    )
     logits = x.astype(np.float64) @ p["router"]
     expected, importance, mean = np.zeros(x.shape), np.zeros(7), np.zeros((7, 14))
     for row in range(2):

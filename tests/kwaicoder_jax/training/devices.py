@@ -21,6 +21,6 @@ def run(module: str, devices: int, *arguments: str) -> Any:
     flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *quick])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", f"tests.kwaicoder_jax.{module}", *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -196,6 +196,7 @@ def test_a_dense_model_with_biases_upcycles_without_loss(biased_params, kind, tm
         assert np.array_equal(streamed[name].read(), array), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UPCYCLINGS)
 def test_moments_of_biases_follow_the_gradient(biased_params, kind):
     """k = R and a uniform router: every copy's gradient has a closed form."""
