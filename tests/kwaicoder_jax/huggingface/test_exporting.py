@@ -285,13 +285,13 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(saved, tmp_path, 
     assert contents(target) == contents(tmp_path / "whole")
 
 
-@pytest.mark.slow
 def contents(folder):
     """Bytes of every file, without what tells the time or the folder's name."""
     found = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     return {name: raw for name, raw in found.items() if not name.endswith("_CHECKPOINT_METADATA")}
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_whatever_the_largest_tensors(tmp_path):
     """An embedding of 134 MB and experts of 67 MB a matrix pass through in chunks of 4 MB."""
     config = transformers.MixtralConfig(**{
