@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, fields, sections
+from experiments import command, export_comparison, fields, sections
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.contract import run as run_contract
 from experiments.display import Display
@@ -34,6 +34,8 @@ def main() -> None:
     flags.DEFINE_string("dtype", None, "Of the weights: stored (as they are), float32, bfloat16, float16.")
     flags.DEFINE_integer("max_shard_bytes", None, "Of one file of weights.")
     flags.DEFINE_integer("max_length", None, "Positions that config.json promises; the model's own if not given.")
+    flags.DEFINE_bool("compare", None, "Load the result in transformers and compare logits and greedy text.")
+    flags.DEFINE_multi_string("prompts", None, "A text to compare on; may be given several times.")
 
     def work(stop: Stop, display: Display) -> None:
         named = {"init_from": flags.FLAGS.checkpoint}
@@ -62,6 +64,8 @@ def run(context: Context) -> dict[str, Any]:
 def write(context: Context, checkpoint: Any, target: Any) -> dict[str, Any]:
     """Writes the folder; returns what the summary says of it."""
     section = {**DEFAULTS, **context.section}
+    if section["compare"]:
+        export_comparison.check()
     meta = checkpoints.read_meta(checkpoint)
     config = models.ModelConfig.from_dict(meta["model"])
     tokenizer, companions = find_tokenizer(pathlib.Path(checkpoint), meta.get("tokenizer"), section["tokenizer"])
@@ -78,7 +82,8 @@ def write(context: Context, checkpoint: Any, target: Any) -> dict[str, Any]:
     with context.display.megabytes() as show:
         huggingface.export(tensors, exported, target, on_progress=show)
     context.display.line(str(target))
-    return {
+    compared = _compare(context, checkpoint, target, config, tokenizer) if section["compare"] else {}
+    return compared | {
         "params_total": models.count(config),
         "params_active": models.count_active(config),
         "family": exported.family.model_type,
@@ -86,6 +91,21 @@ def write(context: Context, checkpoint: Any, target: Any) -> dict[str, Any]:
         "weight_bytes": exported.nbytes,
         "weight_files": len(exported.shards),
         "padding_rows": exported.padding_rows,
+    }
+
+
+def _compare(
+    context: Context, checkpoint: Any, target: Any, config: models.ModelConfig, tokenizer: data.Tokenizer
+) -> dict[str, Any]:
+    """Summary keys; the texts go to export_hf/comparison.json where there is a work folder."""
+    found = export_comparison.compare(context, checkpoint, target, config, tokenizer)
+    if context.workdir is not None:
+        files.write_json(context.folder / "comparison.json", found)
+    texts = found["texts"]
+    return {
+        "transformers_max_logit_difference": found["max_logit_difference"],
+        "transformers_same_texts": sum(text["ours"] == text["transformers"] for text in texts),
+        "transformers_texts": len(texts),
     }
 
 

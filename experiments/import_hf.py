@@ -29,9 +29,12 @@ def main() -> None:
     flags.DEFINE_string("tokenizer", None, "A tokenizer.json to use instead of the model's own.")
     flags.DEFINE_string("param_dtype", None, "What weights become: stored (as they are), float32, bfloat16, float16.")
     flags.DEFINE_string("dtype", None, "Of the computation: float32 or bfloat16.")
+    flags.DEFINE_list("specials", None, "Special tokens by role, as in fim_prefix=<unused_1>,pad=new (a row more).")
 
     def work(stop: Stop, display: Display) -> None:
         given = {name: flags.FLAGS[name].value for name in DEFAULTS}
+        if given["specials"] is not None:
+            given["specials"] = _roles(given["specials"])
         context = command.tool_context(STAGE, holder.value, DEFAULTS, given, stop, display)
         run_contract(context, restart=flags.FLAGS.restart)
 
@@ -73,12 +76,30 @@ def _source(context: Context) -> huggingface.Source:
     if not section["source"]:
         remedy = "as in --source=SmolLM2-135M: a folder or a GGUF file"
         raise UserError("is required", where="import_hf.source (--source)", remedy=remedy)
-    return _open(*(section[name] for name in DEFAULTS))
+    specials = {role: token for role, token in section["specials"].items() if token is not None}
+    try:
+        return _open(section["source"], section["tokenizer"], section["param_dtype"], section["dtype"],
+                     tuple(specials.items()))  # fmt: skip
+    except UserError as error:
+        where = f"import_hf.{error.where}" if error.where.startswith("specials") else error.where
+        raise UserError(error.what, where=where, remedy=error.remedy) from error
 
 
 @functools.lru_cache(maxsize=1)
-def _open(source: str, tokenizer: str | None, param_dtype: str, dtype: str) -> huggingface.Source:
-    return huggingface.open_model(source, tokenizer=tokenizer, param_dtype=param_dtype, dtype=dtype)
+def _open(
+    source: str, tokenizer: str | None, param_dtype: str, dtype: str, specials: tuple[tuple[str, str], ...]
+) -> huggingface.Source:
+    return huggingface.open_model(
+        source, tokenizer=tokenizer, param_dtype=param_dtype, dtype=dtype, specials=dict(specials)
+    )
+
+
+def _roles(pairs: list[str]) -> dict[str, str]:
+    """--specials as a mapping."""
+    roles = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(roles) < len(pairs):
+        raise UserError(f"{pairs} is no list of role=token", where="--specials", remedy="as in pad=<unused_1>")
+    return roles
 
 
 def contents(context: Context) -> dict[str, str]:

@@ -31,11 +31,30 @@ def _prepare(context: Context, target: Any, section: dict[str, Any]) -> dict[str
             context.display.line(f"{task}: {done}")
 
     section.pop("seed", None)
+    place = section.pop("tokenizer", None)
+    if place is not None:
+        folder = context.inputs.get("tokenizer")
+        section["given"] = data.Tokenizer.from_file(folder / "tokenizer.json" if folder is not None else place)
+        section.pop("vocab_size", None)
     return data.prepare(context.section["sources"], target, seed=context.seed, progress=progress, **section)
 
 
-FIELDS = fields.of_function(data.prepare, ("sources", "target", "seed", "progress"))
-STAGE = Stage("prepare_data", run, fields=FIELDS | fields.of_class(sections.PrepareData))
+def inputs(context: Context) -> dict[str, str]:
+    """The stage whose tokenizer is used, where `prepare_data.tokenizer` names one."""
+    return {"tokenizer": "import_hf"} if context.section.get("tokenizer") == "import_hf" else {}
+
+
+def other_files(context: Context) -> dict[str, str]:
+    """The tokenizer.json that it names otherwise."""
+    named = context.section.get("tokenizer")
+    return {"tokenizer": named} if named and named != "import_hf" else {}
+
+
+FIELDS = fields.of_function(data.prepare, ("sources", "target", "seed", "given", "progress"))
+STAGE = Stage(
+    "prepare_data", run, inputs=inputs, other_files=other_files,
+    fields=FIELDS | fields.of_class(sections.PrepareData), places=("tokenizer",),
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(STAGE)

@@ -8,7 +8,7 @@ With a budget the target is searched for instead of read from the config, as in 
 import itertools
 from typing import Any
 
-from experiments import fields, prune_search, sections, transformed
+from experiments import fields, prune_curve, prune_search, sections, transformed
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
 from experiments.training_stage import (
@@ -44,14 +44,21 @@ def run(context: Context) -> dict[str, Any]:
     if searching:
         prune_search.rules(context)
 
+    drawing = prune_curve.wanted(context)
+    curve_batches = prune_curve.held_out(context, corpus) if drawing else {}
+    if drawing:
+        prune_curve.points(context, config)
     compare = not section["streamed"] or section["verify"]
-    in_memory = compare or searching or not section["scores"]
+    in_memory = compare or searching or drawing or not section["scores"]
     params = read_model(context, "init_from", mesh)[0] if in_memory else None
     scores = _scores(context, params, config, corpus, mesh)
     options = {name: section[name] for name in OPTIONS}
     found: dict[str, Any] = {}
+    if drawing:
+        found = prune_curve.run(context, prune_search.Teacher(params, config, scores), curve_batches, mesh, options)
     if searching:
-        target, found = _search(context, prune_search.Teacher(params, config, scores), corpus, phase, mesh)
+        target, rows = _search(context, prune_search.Teacher(params, config, scores), corpus, phase, mesh)
+        found |= rows
     record = transforms.prune.plan(config, scores, target, **options)
     student_config = models.ModelConfig.from_dict(record["config_after"])
     source = section["init_from"] or previous_checkpoint(context)

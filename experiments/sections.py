@@ -111,6 +111,21 @@ class Search:
     distill_rate: Positive
 
 
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """prune.curve."""
+
+    layers: Sequence[int] = ()
+    model_dim: Sequence[int] = ()
+    mlp_dim: Sequence[int] = ()
+    heads: Sequence[int] = ()
+    kv_heads: Sequence[int] = ()
+    layer_rules: Sequence[str] = ()
+    leave_one_out: bool = False
+    max_tokens_per_source: Count = 8192
+    source: str | None = None
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prune(Transform):
     """prune."""
@@ -122,6 +137,7 @@ class Prune(Transform):
     head_merge: bool
     target: Mapping[str, Any]
     search: Search | None = None
+    curve: Curve | None = None
     scores: str | None = None
 
 
@@ -155,6 +171,7 @@ class PrepareData(Drawing):
     """prepare_data, but for the arguments of `data.prepare`."""
 
     sources: Mapping[str, Any]
+    tokenizer: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +189,7 @@ class ImportHf:
     tokenizer: str | None = None
     param_dtype: str = "stored"
     dtype: str = "float32"
+    specials: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,3 +203,5 @@ class ExportHf:
     dtype: str = "stored"
     max_shard_bytes: Count = 5_000_000_000
     max_length: Count | None = None
+    compare: bool = False
+    prompts: Sequence[str] = ()

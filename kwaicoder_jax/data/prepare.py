@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ def prepare(
     seed: int = 0,
     shard_bytes: int = 64 * 2**20,
     tokenizer_sample_bytes: int = 32 * 2**20,
+    given: tokenizer.Tokenizer | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Builds a corpus and returns its manifest; `target` appears at the end, whole, or not at all.
@@ -55,6 +56,7 @@ def prepare(
       seed: changes which documents are held out.
       shard_bytes: size at which a new file begins.
       tokenizer_sample_bytes: training text that the tokenizer sees at most, shared among the sources by size.
+      given: a tokenizer to use as it is, that of an imported model; none is trained then.
       progress: called with (what is done, documents so far, their number or None).
 
     Raises:
@@ -77,7 +79,7 @@ def prepare(
     partial.mkdir(parents=True)
     try:
         manifest = _build(
-            chosen, partial, vocab_size, valid_fraction, seed, shard_bytes, tokenizer_sample_bytes, progress
+            chosen, partial, vocab_size, valid_fraction, seed, shard_bytes, tokenizer_sample_bytes, given, progress
         )
         if target.exists():
             target.rmdir()
@@ -98,15 +100,17 @@ def _build(
     seed: int,
     shard_bytes: int,
     sample_bytes: int,
+    given: tokenizer.Tokenizer | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     seen: set[bytes] = set()
     entries: dict[str, dict[str, Any]] = {}
+    forbidden = given.special_strings() if given is not None else tokenizer.SpecialTokens().strings()
     spools: dict[str, dict[str, shards.Spool]] = {}
     for name, source in sources.items():
         spools[name] = {split: shards.Spool(folder / f"{name}.{split}.spool") for split in shards.SPLITS}
-        entries[name] = _collect(name, source, spools[name], seen, valid_fraction, seed, progress)
-    trained = tokenizer.train(_sample(spools, sample_bytes), vocab_size)
+        entries[name] = _collect(name, source, spools[name], seen, forbidden, valid_fraction, seed, progress)
+    trained = given or tokenizer.train(_sample(spools, sample_bytes), vocab_size)
     (folder / "tokenizer.json").write_text(trained.serialized(), encoding="utf-8", newline="")
     for name, entry in entries.items():
         for split in shards.SPLITS:
@@ -132,6 +136,7 @@ def _collect(
     source: Source,
     spools: Mapping[str, shards.Spool],
     seen: set[bytes],
+    forbidden: Collection[str],
     valid_fraction: float,
     seed: int,
     progress: Progress | None,
@@ -147,7 +152,7 @@ def _collect(
         digest = hashlib.sha256(content).digest()
         if digest[:16] in seen:
             duplicates += 1
-        elif any(special in document.text for special in tokenizer.SpecialTokens().strings()):
+        elif any(special in document.text for special in forbidden):
             dropped["special_token"] += 1
         else:
             seen.add(digest[:16])

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kwaicoder_jax.errors import UserError
 
@@ -28,6 +29,28 @@ class SpecialTokens:
         return dataclasses.astuple(self)
 
 
+# How other families spell them, the first that a tokenizer has counts: Qwen, StarCoder, SantaCoder, CodeLlama, DeepSeek
+# (whose hole marks the suffix and whose end the middle), Llama 3, GLM. A model without a padding token pads with the end
+# token, which no loss sees there.
+_SPELLINGS: dict[str, tuple[str, ...]] = {
+    "end_of_text": ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<EOT>", "</s>"),
+    "pad": ("<|pad|>", "<|fim_pad|>", "<fim_pad>", "<pad>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>"),
+    "fim_prefix": ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "▁<PRE>", "<｜fim▁begin｜>", "<|code_prefix|>"),
+    "fim_suffix": ("<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>", "▁<SUF>", "<｜fim▁hole｜>", "<|code_suffix|>"),
+    "fim_middle": ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "▁<MID>", "<｜fim▁end｜>", "<|code_middle|>"),
+}  # fmt: skip
+
+
+def _known(backend: Backend) -> SpecialTokens:
+    """The special tokens of a tokenizer, by the spellings above; where it has none of them, the first."""
+    found = {
+        field: next((each for each in spellings if backend.token_to_id(each) is not None), None)
+        for field, spellings in _SPELLINGS.items()
+    }
+    found["pad"] = found["pad"] or found["end_of_text"]
+    return SpecialTokens(**{field: spelling for field, spelling in found.items() if spelling is not None})
+
+
 @functools.cache
 def _byte_of_character() -> dict[str, int]:
     """The alphabet of byte-level BPE (GPT-2): printable bytes stand for themselves, the others for 256 and up."""
@@ -40,7 +63,7 @@ class Tokenizer:
     """Text to token ids and back; user text never becomes a special token. Immutable and picklable.
 
     Attributes:
-      specials: the spelling of the special tokens.
+      specials: the spelling of the special tokens; if none is given, the one among those of known families that it has.
       hash: hex SHA-256 of the serialised tokenizer.
       vocab_size: ids are below this number.
     """
@@ -56,7 +79,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.specials = specials or SpecialTokens()
+        self.specials = specials or _known(self._backend)
         self.hash = hashlib.sha256(serialized.encode()).hexdigest()
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
 
@@ -110,6 +133,44 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of `ids`, special tokens spelled out; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def special_strings(self) -> tuple[str, ...]:
+        """The spelling of every special token, in the order of their ids; a text that holds one is none of ours."""
+        added = self._backend.get_added_tokens_decoder()
+        return tuple(added[number].content for number in sorted(added) if added[number].special)
+
+    def renamed(self, names: Mapping[str, str]) -> "Tokenizer":
+        """A tokenizer in which some special tokens have another spelling, with the ids that they had.
+
+        Args:
+          names: new spelling by old one. Old ones must be special tokens, new ones must not be there.
+
+        Raises:
+          UserError: an old spelling that is no special token, a new one that is taken.
+        """
+        if not names:
+            return self
+        content = json.loads(self._serialized)
+        added = {entry["content"]: entry for entry in content.get("added_tokens", []) if entry["special"]}
+        for old, new in names.items():
+            if old not in added:
+                raise UserError(f"{old!r} is no special token", remedy=f"they are {', '.join(sorted(added))}")
+            if self._backend.token_to_id(new) is not None or list(names.values()).count(new) > 1:
+                raise UserError(f"{new!r} is there already", remedy="it needs no other token")
+            added[old]["content"] = new
+        vocabulary = content["model"].get("vocab")
+        if isinstance(vocabulary, dict):
+            content["model"]["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
+        return Tokenizer(json.dumps(content, ensure_ascii=False))
+
+    def with_specials(self, spellings: Sequence[str]) -> "Tokenizer":
+        """A tokenizer with further special tokens behind its last one; UserError for one that is there already."""
+        backend = Backend.from_str(self._serialized)
+        for spelling in spellings:
+            if backend.token_to_id(spelling) is not None:
+                raise UserError(f"{spelling!r} is there already", remedy="it needs no other token")
+            backend.add_special_tokens([AddedToken(spelling, special=True, normalized=False)])
+        return Tokenizer(backend.to_str(pretty=True)) if spellings else self
 
     def token_bytes(self, token: int) -> bytes:
         """Returns the bytes that a token of a byte-level vocabulary stands for; a special token gives its spelling."""

@@ -1,6 +1,7 @@
 """A model of somebody else's, opened: what it is, whether its files hold it, and its tokenizer. No weight is read yet."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -12,10 +13,12 @@ import numpy as np
 from kwaicoder_jax import data, files, models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.huggingface import families, gguf, weights
+from kwaicoder_jax.huggingface import specials as special_roles
 from kwaicoder_jax.huggingface.families import Family
 from kwaicoder_jax.huggingface.fields import Fields
 from kwaicoder_jax.huggingface.layout import Layout
 
+PACKAGE = "package:"  # begins the place of a file inside an installed Python package
 STORED = "stored"  # a choice of param_dtype: as the weights are
 PARAM_DTYPES = (STORED, "float32", "bfloat16", "float16")
 TOKENIZER = "tokenizer.json"
@@ -65,26 +68,30 @@ def open_model(
     param_dtype: str = STORED,
     dtype: str = "float32",
     tokenizer: str | os.PathLike[str] | None = None,
+    specials: Mapping[str, str] | None = None,
 ) -> Source:
     """Opens a folder as `save_pretrained` writes it, or a GGUF file.
 
     Args:
-      place: the folder or file.
+      place: the folder or file; `package:NAME/FILE` for a file inside an installed Python package.
       param_dtype: what the parameters become; "stored" for what the weights are.
       dtype: of the computation, as in ModelConfig.
       tokenizer: a tokenizer.json to use instead of the model's own.
+      specials: by role (a field of data.SpecialTokens), the special token that takes it and gets its usual spelling, or
+        "new" for a token more; see `huggingface.specials`.
 
     Raises:
       UserError: one line about a field of the config that is not represented, or a tensor or file that disagrees.
     """
     if param_dtype not in PARAM_DTYPES:
         raise UserError(f"no choice {param_dtype!r}", where="param_dtype", remedy=f"use {', '.join(PARAM_DTYPES)}")
-    root = pathlib.Path(place)
+    root = _locate(str(place))
     own = data.Tokenizer.from_file(tokenizer) if tokenizer is not None else None
+    roles = dict(specials or {})
     if root.is_dir():
-        source = _open_folder(root, param_dtype, dtype, own)
+        source = _open_folder(root, param_dtype, dtype, own, roles)
     elif root.suffix == ".gguf" and root.exists():
-        source = _open_gguf(root, param_dtype, dtype, own)
+        source = _open_gguf(root, param_dtype, dtype, own, roles)
     else:
         state = "is neither a folder nor a .gguf file" if root.exists() else "does not exist"
         raise UserError(
@@ -95,6 +102,20 @@ def open_model(
         what = f"the tokenizer has {source.tokenizer.vocab_size} tokens, the model {source.config.vocab_size}"
         raise UserError(what, where=str(place), remedy="use the tokenizer that the model was trained with")
     return source
+
+
+def _locate(place: str) -> pathlib.Path:
+    """The path that `place` names, also inside an installed package, which is not imported."""
+    if not place.startswith(PACKAGE):
+        return pathlib.Path(place)
+    name, _, inside = place.removeprefix(PACKAGE).partition("/")
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"no package {name!r} is installed", where=place, remedy=f"install the one that holds {inside}")
+    return pathlib.Path(found.submodule_search_locations[0]) / inside
 
 
 def read_config(folder: str | os.PathLike[str]) -> models.ModelConfig:
@@ -117,7 +138,9 @@ def _fields(root: pathlib.Path) -> Fields:
     return Fields(values, str(file))
 
 
-def _open_folder(root: pathlib.Path, param_dtype: str, dtype: str, own: data.Tokenizer | None) -> Source:
+def _open_folder(
+    root: pathlib.Path, param_dtype: str, dtype: str, own: data.Tokenizer | None, roles: Mapping[str, str]
+) -> Source:
     fields = _fields(root)
     family, config = families.read(fields)
     tensors = weights.open_folder(root)
@@ -126,7 +149,10 @@ def _open_folder(root: pathlib.Path, param_dtype: str, dtype: str, own: data.Tok
     if own is None and (root / TOKENIZER).exists():
         own = data.Tokenizer.from_file(root / TOKENIZER)
     companions = {name: (root / name).read_text() for name in COMPANIONS if (root / name).exists()}
-    token_ids = {name: fields.values[name] for name in _TOKEN_IDS if name in fields.values}
+    own, companions = _with_roles(own, companions, roles, str(root))
+    tables = _tables(Layout(family, config))
+    config, tensors = special_roles.extend(config, tensors, tables, own.vocab_size if own and roles else 0)
+    token_ids = {name: fields.values[name] for name in _TOKEN_IDS if name in fields.values} | _padding(own, roles)
     identity = files.digest({
         "config": fields.values, "tensors": tensors.identity, "tokenizer": own.hash if own else None,
         "companions": companions,
@@ -158,12 +184,37 @@ def _param_dtype(
     return expected or "float32"
 
 
-def _open_gguf(file: pathlib.Path, param_dtype: str, dtype: str, own: data.Tokenizer | None) -> Source:
+def _with_roles(
+    own: data.Tokenizer | None, companions: Mapping[str, str], roles: Mapping[str, str], where: str
+) -> tuple[data.Tokenizer | None, dict[str, str]]:
+    """The tokenizer and its files with the special tokens that were asked for."""
+    if not roles:
+        return own, dict(companions)
+    if own is None:
+        raise UserError("the model has no tokenizer to give special tokens to", where=where, remedy="name one")
+    return special_roles.give(own, roles), special_roles.rename(companions, roles)
+
+
+def _padding(own: data.Tokenizer | None, roles: Mapping[str, str]) -> dict[str, int]:
+    """The id of a padding token that was given its role just now."""
+    return {"pad_token_id": own.pad} if own is not None and "pad" in roles else {}
+
+
+def _tables(layout: Layout) -> list[str]:
+    """Their names of the tensors whose rows belong to tokens."""
+    return [layout.theirs(name) for name, each in layout.declared.items() if each.axes[0] == "vocab"]
+
+
+def _open_gguf(
+    file: pathlib.Path, param_dtype: str, dtype: str, own: data.Tokenizer | None, roles: Mapping[str, str]
+) -> Source:
     opened = gguf.open_file(file)
     config = opened.config.replace(dtype=dtype, param_dtype="float32" if param_dtype == STORED else param_dtype)
+    own, companions = _with_roles(own or opened.tokenizer(), opened.companions(), roles, str(file))
+    assert own is not None
+    tables = _tables(Layout(opened.family, config, opened.rules, gguf.LAYER))
+    config, tensors = special_roles.extend(config, opened.weights, tables, own.vocab_size if roles else 0)
     layout = Layout(opened.family, config, opened.rules, gguf.LAYER)
-    own = own or opened.tokenizer()
+    token_ids = {**opened.token_ids, **_padding(own, roles)}
     identity = files.digest({"tensors": opened.weights.identity, "tokenizer": own.hash})
-    return Source(
-        file.stem, opened.family, config, layout, opened.weights, own, opened.companions(), opened.token_ids, identity
-    )
+    return Source(file.stem, opened.family, config, layout, tensors, own, companions, token_ids, identity)

@@ -53,6 +53,9 @@ class Material:
       baseline: the run without the teacher.
       manifest: of the corpus.
       scores: the arrays of prune/scores.npz.
+      curve: the rows of prune/curve.jsonl.
+      leave_one_out: prune/leave_one_out.json.
+      comparison: export_hf/comparison.json.
       verify: upcycle/verify.json.
       outcomes: by benchmark, one {"task_id", "completion"} a sample, with "prompt", "status", "detail" where known.
       infillings: one {"prefix", "middle", "suffix", "completion"} a task.
@@ -64,6 +67,9 @@ class Material:
     baseline: Part | None = None
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     scores: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    curve: Sequence[dict[str, Any]] = ()
+    leave_one_out: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    comparison: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     verify: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     outcomes: Mapping[str, list[dict[str, Any]]] = dataclasses.field(default_factory=dict)
     infillings: Sequence[dict[str, Any]] = ()
@@ -111,6 +117,9 @@ def read(
         baseline=baseline,
         manifest=_json(root / "prepare_data/corpus/manifest.json") if "prepare_data" in present else {},
         scores=_arrays(root / "prune/scores.npz") if "prune" in present else {},
+        curve=_lines(root / "prune/curve.jsonl") if "prune" in present else (),
+        leave_one_out=_json(root / "prune/leave_one_out.json") if "prune" in present else {},
+        comparison=_json(root / "export_hf/comparison.json") if "export_hf" in present else {},
         verify=_json(root / "upcycle/verify.json") if "upcycle" in present else {},
         outcomes=_outcomes(root / "evaluate") if "evaluate" in present else {},
         infillings=_lines(root / "evaluate/infilling.jsonl") if "evaluate" in present else (),

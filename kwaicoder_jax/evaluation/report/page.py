@@ -1,6 +1,16 @@
 """One self-contained page over all stages: no script, no request to anywhere."""
 
-from kwaicoder_jax.evaluation.report import experts, importance, ledger, losses, mixture, overview, samples
+from kwaicoder_jax.evaluation.report import (
+    curve,
+    experts,
+    exported,
+    importance,
+    ledger,
+    losses,
+    mixture,
+    overview,
+    samples,
+)
 from kwaicoder_jax.evaluation.report.markup import Html, element, escape, join, section
 from kwaicoder_jax.evaluation.report.material import Material
 from kwaicoder_jax.evaluation.report.style import STYLE
@@ -13,9 +23,11 @@ def build(material: Material) -> str:
     """The page as text; equal material gives equal text. Parts without material are left out."""
     parts = (
         ("losses", "Loss", losses.charts(material)),
+        ("curves", "What a cut costs", curve.section(material.curve, material.leave_one_out)),
         ("pruning", "Pruning", importance.maps(material)),
         ("upcycling", "Upcycling", mixture.upcycling(material)),
         ("experts", "Experts in training", experts.load(material)),
+        ("exported", "In transformers", exported.comparison(material)),
         ("samples", "Samples", join([samples.functions(material), samples.infillings(material)])),
         ("evaluation", "Evaluation", ledger.evaluation(material)),
         ("ledger", "Cost of each stage", ledger.stages(material) if material.stages else ""),
