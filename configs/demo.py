@@ -95,6 +95,7 @@ def get_config() -> ConfigDict:
             MATHEMATICS: {"kind": "mathematics", "max_bytes": 800_000, "seed": 0},
         },
         "vocab_size": 4096,
+        "tokenizer": config_dict.placeholder(str),  # import_hf's, or a tokenizer.json, instead of a new one
         "valid_fraction": 0.04,
         "seed": seed(),
     }
@@ -121,6 +122,13 @@ def get_config() -> ConfigDict:
         "head_merge": False,  # add to kept query heads what they have beyond the dropped ones
         "target": {"layers": 4, "model_dim": 96, "mlp_dim": 256, "heads": 4, "kv_heads": 2, **mixture_sizes(int)},
         "search": search(),
+        "curve": {  # sizes to cut alone and measure: what pruning costs before any training
+            **{name: () for name in ("layers", "model_dim", "mlp_dim", "heads", "kv_heads")},
+            "layer_rules": (),  # "deepest", "shallowest", beside importance
+            "leave_one_out": False,  # also the loss without each layer
+            "max_tokens_per_source": 8_192,
+            "source": config_dict.placeholder(str),  # all sources, or one
+        },
         "scores": config_dict.placeholder(str),  # a scores.npz of an earlier run, instead of calibration
         "streamed": False,  # from checkpoint to checkpoint, for models larger than memory
         "verify": True,  # of a streamed model: compare losses, with both models in memory

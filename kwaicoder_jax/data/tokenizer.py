@@ -161,6 +161,8 @@ class Tokenizer:
         vocabulary = content["model"].get("vocab")
         if isinstance(vocabulary, dict):
             content["model"]["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
+        elif vocabulary is not None:  # of a unigram model: pairs of token and score
+            content["model"]["vocab"] = [[names.get(token, token), score] for token, score in vocabulary]
         return Tokenizer(json.dumps(content, ensure_ascii=False))
 
     def with_specials(self, spellings: Sequence[str]) -> "Tokenizer":

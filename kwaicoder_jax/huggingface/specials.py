@@ -31,10 +31,13 @@ def give(tokenizer: data.Tokenizer, specials: Mapping[str, str]) -> data.Tokeniz
     """The tokenizer in which each role of `specials` has its usual spelling: by a token renamed, or by a new one.
 
     Raises:
-      UserError: an unknown role, a token that is not special, a spelling that is taken.
+      UserError: an unknown role, a token that is not special or takes two roles, a spelling that is taken.
     """
     check(specials)
     usual = dataclasses.asdict(data.SpecialTokens())
+    used = [old for old in specials.values() if old != NEW]
+    if twice := sorted({old for old in used if used.count(old) > 1}):
+        raise UserError(f"{twice[0]!r} cannot take two roles", where="specials", remedy="name another token for one")
     try:
         renamed = tokenizer.renamed({old: usual[role] for role, old in specials.items() if old != NEW})
         return renamed.with_specials([usual[role] for role, old in specials.items() if old == NEW])

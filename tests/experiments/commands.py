@@ -25,10 +25,10 @@ def start(stage: str, workdir: Any, *arguments: str, devices: int = 1, config: s
     return subprocess.Popen(command, cwd=ROOT, env=environment(devices), **popen)
 
 
-def run(stage: str, workdir: Any, *arguments: str, status: int = 0, **options: Any) -> str:
+def run(stage: str, workdir: Any, *arguments: str, status: int = 0, timeout: float = 500, **options: Any) -> str:
     """Runs to the end, asserts the exit status, returns what was printed."""
     process = start(stage, workdir, *arguments, **options)
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=timeout)
     assert process.returncode == status, output
     return output
 

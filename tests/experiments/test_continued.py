@@ -13,6 +13,8 @@ from tests.experiments import commands, tiny_config
 
 MOMENTS = "--config.upcycle.optimizer_state=True"
 
+pytestmark = pytest.mark.xdist_group("continued")  # one worker makes what they share
+
 
 @pytest.fixture(scope="module")
 def work(finished, tmp_path_factory):

@@ -37,7 +37,7 @@ def on_one_device(finished, tmp_path_factory):
     [
         ("pretrain", {"data": 2}),
         ("pretrain", {"fsdp": 2, "tensor": 2}),
-        ("cpt", {"data": 2}),
+        pytest.param("cpt", {"data": 2}, marks=pytest.mark.slow),
         ("cpt", {"fsdp": 2, "expert": 2}),
         pytest.param("pretrain", {"data": 4}, marks=pytest.mark.slow),
         pytest.param("cpt", {"data": 4}, marks=pytest.mark.slow),

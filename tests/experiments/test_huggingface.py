@@ -18,6 +18,8 @@ from tests.kwaicoder_jax.huggingface import tiny
 
 torch, transformers = tiny.torch, tiny.transformers
 
+pytestmark = pytest.mark.xdist_group("huggingface")  # one worker makes what they share
+
 
 def tool(name, *arguments, status=0):
     """Runs a tool without a config, in a process of its own."""
@@ -107,16 +109,81 @@ def test_it_is_not_run_again_and_notices_a_change(imported, folder, tmp_path):
         imports(imported, folder, dtype=3)
 
 
-def test_stages_start_from_it_and_the_mixture_leaves(imported, tmp_path):
+RECIPE = """
+import importlib.util
+
+spec = importlib.util.spec_from_file_location("real", {real!r})
+real = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(real)
+
+
+def get_config():
+    config = real.get_config("quick")
+    config.stages = ("import_hf", "prepare_data", "prune", "upcycle", "export_hf", "report")
+    config.import_hf.update({{"source": {source!r}, "specials": {{"fim_prefix": "new"}}}})
+    config.prepare_data.sources.standard_library.max_bytes = 200_000
+    config.prepare_data.sources.installed_packages.max_bytes = 200_000
+    config.prepare_data.valid_fraction = 0.2
+    config.validation = {{"batch_size": 4, "sequence_length": 64, "max_tokens_per_source": 600}}
+    config.prune.update({{"steps": 1}})
+    config.prune.target.update({{"layers": 2, "model_dim": 24, "mlp_dim": 32, "heads": 4, "kv_heads": 2}})
+    config.prune.curve.update({{"layers": (2,), "mlp_dim": (32, 16), "model_dim": (), "heads": (2,),
+                               "layer_rules": ("deepest",), "leave_one_out": True, "max_tokens_per_source": 500}})
+    for section in (config.prune, config.upcycle):
+        section.calibration.update({{"batch_size": 4, "sequence_length": 64}})
+    config.export_hf.update({{"max_shard_bytes": 30_000, "prompts": ("import os", "def f(x):")}})
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def through_the_recipe(folder, tmp_path_factory):
+    """The recipe of the real model, at the size of that tiny one; its tokenizer gives its prefix token another name."""
+    place = tmp_path_factory.mktemp("recipe")
+    source = pathlib.Path(shutil.copytree(folder, place / "other_names"))
+    text = (source / "tokenizer.json").read_text()
+    assert text.count("<|fim_prefix|>") > 1
+    (source / "tokenizer.json").write_text(text.replace("<|fim_prefix|>", "<|unused|>"))
+    recipe = place / "recipe.py"
+    recipe.write_text(RECIPE.format(real=str(commands.ROOT / "configs/smollm2_135m.py"), source=str(source)))
+    commands.run("pipeline", place / "work", config=str(recipe))
+    return place / "work", recipe
+
+
+def test_the_curve_of_the_recipe(through_the_recipe):
+    workdir, recipe = through_the_recipe
+    rows = [json.loads(line) for line in (workdir / "prune/curve.jsonl").read_text().splitlines()]
+    assert [(row["field"], row["size"], row["rule"]) for row in rows] == [
+        ("layers", 3, "importance"), ("layers", 2, "importance"), ("layers", 2, "deepest"),
+        ("mlp_dim", 32, "importance"), ("mlp_dim", 16, "importance"), ("heads", 2, "importance"),
+    ]  # fmt: skip
+    assert all(np.isfinite(row["loss"]) for row in rows)
+    alone = json.loads((workdir / "prune/leave_one_out.json").read_text())
+    assert len(alone["increase_L"]) == 3
+    assert alone["loss"] == pytest.approx(rows[0]["loss"], rel=1e-5)  # the same model on the same tokens
+    assert commands.summary(workdir / "prune")["curve_points"] == len(rows)
+    page = (workdir / "report.html").read_text()
+    for words in ("What a cut costs", "Loss without one layer", "In transformers"):
+        assert words in page
+    again = commands.run(
+        "prune", workdir, "--config.prune.curve.mlp_dim=(48, 49)", "--restart", status=2, config=str(recipe)
+    )
+    assert "prune.curve.mlp_dim: 49 cannot be kept of 48; use 1 to 48" in again
+
+
+def test_stages_start_from_it_and_the_mixture_leaves(through_the_recipe, tmp_path):
     """Pruned and upcycled by the recipe's own stages, exported, loaded by transformers with the same logits."""
-    workdir = pathlib.Path(shutil.copytree(imported, tmp_path / "work"))
-    commands.run("prune", workdir, "--config.prune.init_from=import_hf")
-    commands.run("upcycle", workdir, "--config.upcycle.init_from=prune")
-    stage = here(export_hf, workdir, init_from=str(workdir / "upcycle"), max_shard_bytes=30_000)
-    summary = contract.run(stage)
-    assert (summary["family"], summary["padding_rows"]) == ("mixtral", 6)
+    workdir, _ = through_the_recipe
+    summary = commands.summary(workdir / "export_hf")
+    assert (summary["family"], summary["padding_rows"]) == ("mixtral", 5)  # the new token took one of the six
     assert summary["weight_files"] == len(list((workdir / "export_hf/model").glob("*.safetensors"))) > 2
-    assert contract.run(here(export_hf, workdir, init_from=str(workdir / "upcycle"), max_shard_bytes=30_000)) == summary
+    assert summary["transformers_max_logit_difference"] <= 1e-4
+    assert summary["transformers_same_texts"] == summary["transformers_texts"] == 2
+    compared = json.loads((workdir / "export_hf/comparison.json").read_text())
+    assert [text["prompt"] for text in compared["texts"]] == ["import os", "def f(x):"]
+    own = data.Tokenizer.from_file(workdir / "export_hf/model/tokenizer.json")
+    assert own.fim_prefix == own.vocab_size - 1
+    assert own.hash == data.Corpus.open(workdir / "prepare_data/corpus").tokenizer.hash
     exports(workdir / "upcycle/checkpoints", tmp_path / "out")
     card = (tmp_path / "out/README.md").read_text()
     assert all(f"**{stage}**" in card for stage in ("import_hf", "prune", "upcycle"))

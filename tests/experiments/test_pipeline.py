@@ -68,6 +68,14 @@ def test_a_changed_field_is_named_and_makes_the_rest_stale(finished, tmp_path):
     page = (workdir / "report.html").read_text()
     assert "distill was made from another prune" in commands.run("report", workdir, "--restart", status=2)
     assert (workdir / "report.html").read_text() == page  # and no page that mixes two recipes
+
+
+@pytest.mark.slow
+def test_what_follows_a_changed_stage_is_made_again(finished, tmp_path):
+    workdir = tmp_path / "work"
+    shutil.copytree(finished, workdir)
+    change = "--config.prune.target.mlp_dim=40"
+    commands.run("prune", workdir, change, "--restart")
     commands.run("pipeline", workdir, change, "--restart_from=distill")
     assert commands.summary(workdir / "upcycle")["max_relative_logit_error"] <= 1e-5
 

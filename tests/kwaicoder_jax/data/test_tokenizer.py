@@ -1,3 +1,4 @@
+import json
 import pickle
 
 import pytest
@@ -68,6 +69,44 @@ def test_agrees_with_transformers(tokenizer, tmp_path):
     text = "def f(x):\n\treturn 12 # naïve 😀\r\n"
     assert reference(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
     assert reference.convert_tokens_to_ids("<|fim_middle|>") == tokenizer.fim_middle
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        (
+            ("</s>", "<PAD>", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+            (0, 0, 2, 3, 4),
+        ),  # no padding: the end
+        (("<|endoftext|>", "<fim_pad>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>"), (0, 1, 2, 3, 4)),
+    ],
+    ids=["deepseek", "starcoder"],
+)
+def test_the_spellings_of_other_families_are_found(tokenizer, theirs, expected):
+    """DeepSeek's hole marks the suffix, and its end the middle (its repository's README shows a prompt)."""
+    text = tokenizer.serialized()
+    for ours, other in zip(SPECIALS, theirs):
+        text = text.replace(json.dumps(ours), json.dumps(other, ensure_ascii=False))
+    found = data.Tokenizer(text)
+    assert (found.end_of_text, found.pad, found.fim_prefix, found.fim_suffix, found.fim_middle) == expected
+
+
+def test_renamed_and_new_specials(tokenizer):
+    one = tokenizer.renamed({"<|pad|>": "<|other|>", "<|fim_middle|>": "<|pad|>x"})
+    assert one.vocab_size == tokenizer.vocab_size
+    assert one.decode([1, 4]) == "<|other|><|pad|>x"
+    assert one.special_strings() == ("<|endoftext|>", "<|other|>", "<|fim_prefix|>", "<|fim_suffix|>", "<|pad|>x")
+    text = "def f(x):\n    return '<|other|>'\n"
+    assert one.encode(text) == tokenizer.encode(text)  # and no text becomes a special token
+    more = one.with_specials(["<|pad|>", "<|fim_middle|>"])
+    assert (more.pad, more.fim_middle, more.vocab_size) == (one.vocab_size, one.vocab_size + 1, one.vocab_size + 2)
+    assert more.encode(text) == one.encode(text)
+    assert tokenizer.renamed({}) is tokenizer.with_specials([]) is tokenizer
+    for wrong in ({"<|nothing|>": "<|x|>"}, {"<|pad|>": "<|fim_suffix|>"}, {"<|pad|>": "q", "<|fim_middle|>": "<|z|>"}):
+        with pytest.raises(UserError, match=r"is no special token; they are <\||is there already"):
+            tokenizer.renamed(wrong)
+    with pytest.raises(UserError, match=r"'<\|pad\|>' is there already"):
+        tokenizer.with_specials(["<|pad|>"])
 
 
 def test_errors(tmp_path, tokenizer):

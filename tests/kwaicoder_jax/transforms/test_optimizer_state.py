@@ -27,7 +27,7 @@ def squared(tree):
     "options",
     [
         {},
-        {"scale_placement": "down", "partition": "random_per_replica"},
+        pytest.param({"scale_placement": "down", "partition": "random_per_replica"}, marks=pytest.mark.slow),
         {"router": "sigmoid", "routed_scale": 2.5, "scale_placement": "up"},
         {"shared_neurons": 12, "shared_gate": True, "scores": upcycling.SCORES, "partition": "random_per_replica"},
     ],
