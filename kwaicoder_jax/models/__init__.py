@@ -21,6 +21,7 @@ from kwaicoder_jax.models.parameters import (
     unflatten,
 )
 from kwaicoder_jax.models.statistics import sequence_statistics
+from kwaicoder_jax.models.stored import StoredMatrix
 from kwaicoder_jax.models.transformer import Output, Transformer
 from kwaicoder_jax.models.vocabulary import cross_entropy, logits, projection
 
@@ -39,6 +40,7 @@ __all__ = [
     "Router",
     "RouterStatistics",
     "Runtime",
+    "StoredMatrix",
     "Transformer",
     "abstract",
     "check",

@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
         q_BTHP = rotary(q_BTHN[..., m.nope_dim :], tokens.positions_BT, c, tokens.lengths_BT)
         rope_BS1P, latent_BS1R = self._latents(x_BTD, m, tokens)
         if layer_cache is not None:
-            rope_BS1P, latent_BS1R = layer_cache = updated(layer_cache, (rope_BS1P, latent_BS1R), tokens)
+            layer_cache, (rope_BS1P, latent_BS1R) = updated(layer_cache, (rope_BS1P, latent_BS1R), tokens)
 
         scale = c.head_dim**-0.5 * score_factor(c)
         if layer_cache is not None and absorb_is_cheaper(m, x_BTD.shape[1]):

@@ -6,7 +6,7 @@ import pytest
 from kwaicoder_jax import testing
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.inference import generate
-from kwaicoder_jax.inference.generation import bucket
+from kwaicoder_jax.inference.sizes import bucket
 from kwaicoder_jax.testing.reference import document_logits
 
 NEW = 6
@@ -141,4 +141,4 @@ def test_errors_name_the_argument(model, prompts, settings, where):
 
 
 def test_buckets_are_few():
-    assert [bucket(n) for n in (1, 31, 32, 33, 64, 65, 1000)] == [32, 32, 32, 64, 64, 128, 1024]
+    assert [bucket(n, 32) for n in (1, 31, 32, 33, 64, 65, 1000)] == [32, 32, 32, 64, 64, 128, 1024]
