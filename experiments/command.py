@@ -7,7 +7,7 @@ Exit status: 0 done, or stopped by a signal with everything saved (`--preempt_ex
 import errno
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import flags
@@ -51,12 +51,17 @@ def main(stage: Stage) -> None:
     )
 
 
-def execute(work: Callable[[Stop, Display], Any]) -> None:
-    """Parses the flags, does `work`, and exits with the status that the module's docstring gives."""
+def execute(work: Callable[[Stop, Display], Any], required: tuple[str, ...] = ("config", "workdir")) -> None:
+    """Parses the flags, does `work`, and exits with the status that the module's docstring gives.
+
+    Args:
+      work: what the command does.
+      required: the flags that it cannot do without.
+    """
     stop, display = Stop(), Display()
     stop.install()
     try:
-        parse(sys.argv)
+        parse(sys.argv, required)
         work(stop, display)
     except Stopped:
         again = "the same command without --restart" if _restarts() else "the same command"
@@ -97,10 +102,32 @@ def _lists(value: Any) -> Any:
     return value
 
 
-def parse(argv: list[str]) -> None:
+def tool_context(
+    stage: Stage, config: ConfigDict | None, defaults: Mapping[str, Any], given: Mapping[str, Any], stop: Stop,
+    display: Display,
+) -> Context:  # fmt: skip
+    """The context of a tool: a stage that needs no config, and whose fields are flags as well.
+
+    Args:
+      stage: the tool.
+      config: the recipe, if there is one.
+      defaults: of the fields of the tool's section.
+      given: those that flags name; None for a flag that was not given.
+      stop: as for any stage.
+      display: as for any stage.
+    """
+    values = {"seed": 0, "stages": (), **(_lists(config.to_dict()) if config is not None else {})}
+    section = dict(defaults) | values.get(stage.name, {})
+    values[stage.name] = section | {name: value for name, value in given.items() if value is not None}
+    workdir = files.path(_flag("workdir")).absolute() if _flag("workdir") else None
+    return Context(stage, Section(values), workdir, display, stop)
+
+
+def parse(argv: list[str], required: tuple[str, ...] = ("config", "workdir")) -> None:
     """Parses absl flags and config overrides; whatever is wrong with them becomes one UserError."""
     if {"--help", "-h", "--helpfull"} & set(argv):
-        print(sys.modules["__main__"].__doc__, flags.FLAGS.module_help("experiments.command"), sep="\n")
+        shown = [flags.FLAGS.module_help(name) for name in ("__main__", "experiments.command")]
+        print(sys.modules["__main__"].__doc__, *filter(None, shown), sep="\n")
         sys.exit(0)
     words, nones = _split_nones(argv)
     try:
@@ -113,7 +140,7 @@ def parse(argv: list[str]) -> None:
         raise UserError(*_explain(argv, error)) from error
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag", remedy="flags look like --config=FILE")
-    for name in ("config", "workdir"):
+    for name in required:
         if not flags.FLAGS[name].value:
             raise UserError(
                 "is required", where=f"--{name}", remedy="as in --config=configs/demo.py --workdir=runs/demo"

@@ -54,6 +54,8 @@ class Stage:
       inputs: names or paths of the stage folders that it reads, given the config.
       other_files: by config field, the paths of files that it reads beside them; their content counts.
       fields: of its section; checked before anything is done.
+      places: fields of its section that say where something is: what is there counts (see `contents`), not the place.
+      contents: by config field, an identity of what is there.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Stage:
     inputs: Callable[["Context"], Mapping[str, str]] = lambda context: {}
     other_files: Callable[["Context"], Mapping[str, str]] = lambda context: {}
     fields: Fields | None = None
+    places: tuple[str, ...] = ()
+    contents: Callable[["Context"], Mapping[str, str]] = lambda context: {}
 
 
 @dataclasses.dataclass
@@ -114,7 +118,7 @@ def previous_checkpoint(context: Context) -> str:
     name = context.stage.name
     before = stages[: stages.index(name)] if name in stages else stages
     for candidate in reversed(before):
-        if candidate in ("pretrain", "prune", "distill", "upcycle", "cpt"):
+        if candidate in ("import_hf", "pretrain", "prune", "distill", "upcycle", "cpt"):
             return candidate
     raise UserError(
         "no stage before it leaves a checkpoint", where=f"{name}.init_from", remedy="name a stage or a folder"
@@ -172,22 +176,26 @@ def _record(context: Context) -> dict[str, Any]:
     """The stage's part of the config, and the identity of each input."""
     stage = context.stage
     config = {name: context.config[name] for name in (stage.name, *stage.sections) if name in context.config}
+    config[stage.name] = {name: x for name, x in config[stage.name].items() if name not in stage.places}
     config["seed"] = context.config.get("seed", 0)
-    identities = {}
+    identities, names = {}, {}
     for role, name in stage.inputs(context).items():
         context.inputs[role], identities[role] = _input(context, role, name)
+        if context.inputs[role] == context.workdir / name:
+            names[role] = name
     for field, place in stage.other_files(context).items():
         identities[field] = _content(context, f"{stage.name}.{field}", place)
+    identities |= stage.contents(context)
     config = _plain(config)
     identity = files.digest({"stage": stage.name, "config": config, "inputs": identities})
-    return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity}
+    return {"stage": stage.name, "config": config, "inputs": identities, "identity": identity, "stages": names}
 
 
 def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
     """The folder and the identity of one input: a stage of this work folder, or any checkpoint elsewhere."""
     own = context.workdir / name
     where = f"{context.stage.name}.{role}"
-    if "/" not in name and name in (*context.config["stages"], "prepare_data"):
+    if "/" not in name and name in (*context.config["stages"], "prepare_data", "import_hf"):
         if not (own / "stage.json").exists() or not (own / "summary.json").exists():
             raise UserError(f"{name} is not finished in {context.workdir}", where=where, remedy=f"run {name} first")
         if role in CHECKPOINTS and not (own / "checkpoints").exists():
@@ -251,7 +259,18 @@ def _compare(context: Context, record: dict[str, Any]) -> None:
             raise UserError(change, where=field, remedy=remedy)
     for role in sorted({**old["inputs"], **record["inputs"]}):
         if old["inputs"].get(role) != record["inputs"].get(role):
-            raise UserError("its input is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
+            source = f"its input {record['stages'].get(role, '')}".rstrip()
+            raise UserError(f"{source} is not the one it was made from", where=f"{name}.{role}", remedy=remedy)
+
+
+def check_fresh(workdir: Any, name: str) -> None:
+    """UserError if the finished stage was made from another run of a stage than the one that stands in `workdir`."""
+    made = files.read_json(workdir / name / "stage.json")
+    for role, source in made.get("stages", {}).items():
+        file = workdir / source / "stage.json"
+        if not file.exists() or files.read_json(file)["identity"] != made["inputs"][role]:
+            what = f"{name} was made from another {source} than the one that stands here"
+            raise UserError(what, where=f"{name}.{role}", remedy=f"run {name} again, with --restart")
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+MEGABYTE = 1_000_000
 LINE_SECONDS = 10.0  # at most one plain progress line in this time
 
 
@@ -41,6 +42,20 @@ class Display:
                 bars.update(task, completed=now, rate=pace.rate(now))
                 if note:
                     bars.update(task, note=note)
+
+            yield update
+
+    @contextlib.contextmanager
+    def megabytes(self) -> Iterator[Callable[[int, int], None]]:
+        """Yields `update(bytes done, bytes in all)`; the bar appears with the first of them."""
+        with contextlib.ExitStack() as stack:
+            bar: Callable[..., None] | None = None
+
+            def update(done: int, total: int) -> None:
+                nonlocal bar
+                if bar is None:
+                    bar = stack.enter_context(self.progress(-(-total // MEGABYTE), "MB"))
+                bar(-(-done // MEGABYTE))
 
             yield update
 

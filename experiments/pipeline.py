@@ -14,7 +14,9 @@ from experiments.display import Display
 from experiments.stopping import Stop
 from kwaicoder_jax.errors import UserError
 
-STAGES = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
+STAGES = (
+    "import_hf", "prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "export_hf", "evaluate", "report",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -32,8 +34,12 @@ def main() -> None:
             raise UserError(f"no stage {unknown[0]!r}", where="stages", remedy=f"choose from {', '.join(STAGES)}")
         again = flags.FLAGS.restart_from
         if again is not None and again not in stages:
-            raise UserError(f"no stage {again!r} in this recipe", where="--restart_from")
+            remedy = f"the stages are {', '.join(stages)}"
+            raise UserError(f"no stage {again!r} in this recipe", where="--restart_from", remedy=remedy)
         restart = flags.FLAGS.restart
+        if restart and again is not None:
+            remedy = "use one of the two: --restart starts every stage over"
+            raise UserError("does not go with --restart", where="--restart_from", remedy=remedy)
         for name in stages:
             stage = importlib.import_module(f"experiments.{name}").STAGE
             restart = restart or name == again

@@ -11,13 +11,15 @@ from typing import Any
 
 from experiments import fields, sections
 from experiments.command import main
-from experiments.contract import Context, Stage
+from experiments.contract import Context, Stage, check_fresh
 from kwaicoder_jax import checkpoints, files, models
 from kwaicoder_jax.evaluation import report
 
 
 def run(context: Context) -> dict[str, Any]:
-    """Writes WORKDIR/report.html."""
+    """Writes WORKDIR/report.html; stages that were not made from one another are refused, since a page would mix them."""
+    for name in context.inputs:
+        check_fresh(context.workdir, name)
     material = report.read(
         context.workdir,
         list(context.inputs),

@@ -162,3 +162,26 @@ class Report:
     """report."""
 
     title: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportHf:
+    """import_hf; its flags have the same names."""
+
+    source: str | None = None
+    tokenizer: str | None = None
+    param_dtype: str = "stored"
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportHf:
+    """export_hf; its flags have the same names, but for --checkpoint, which is init_from."""
+
+    init_from: str | None = None
+    target: str | None = None
+    tokenizer: str | None = None
+    family: str | None = None
+    dtype: str = "stored"
+    max_shard_bytes: Count = 5_000_000_000
+    max_length: Count | None = None

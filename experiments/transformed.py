@@ -1,8 +1,6 @@
 """What a transform's stage leaves: a checkpoint written from memory, or streamed from checkpoint to checkpoint."""
 
-import contextlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +12,6 @@ from kwaicoder_jax import checkpoints, models, training
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms import parameterwise, streaming
 from kwaicoder_jax.transforms.parameterwise import Record, Transform
-
-MEGABYTE = 1_000_000
 
 
 def describe(context: Context, meta: dict[str, Any], record: Record, **more: Any) -> dict[str, Any]:
@@ -64,20 +60,16 @@ def check_memory(context: Context, record: Record) -> None:
 
 def _stream(context: Context, transform: Transform, record: Record, meta: dict[str, Any]) -> None:
     """From the checkpoint of `init_from`, with a progress bar; goes on where a killed run was."""
-    with contextlib.ExitStack() as stack:
-        update: Callable[..., None] | None = None
-
-        def show(done: int, total: int) -> None:
-            nonlocal update
-            if update is None:
-                update = stack.enter_context(context.display.progress(-(-total // MEGABYTE), "MB"))
-            update(-(-done // MEGABYTE))
-
-        try:
+    try:
+        with context.display.megabytes() as show:
             streaming.run(
-                transform, context.inputs["init_from"], context.folder / "checkpoints", record, meta=meta,
+                transform,
+                context.inputs["init_from"],
+                context.folder / "checkpoints",
+                record,
+                meta=meta,
                 on_progress=show,
-            )  # fmt: skip
-        except UserError as error:
-            where = f"{context.stage.name}.init_from" if error.where == "source" else error.where
-            raise UserError(error.what, where=where, remedy=error.remedy) from error
+            )
+    except UserError as error:
+        where = f"{context.stage.name}.init_from" if error.where == "source" else error.where
+        raise UserError(error.what, where=where, remedy=error.remedy) from error

@@ -7,9 +7,10 @@ A chunk gets its name once it is on the disk, so the names say what need not be 
 """
 
 import json
+import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,33 @@ class PartialStep:
         for part in self._missing(name, layer):
             run = bytes_[part.start * size : part.stop * size].data
             _stage(self._place(name) / part.file, run, bytes(part.padding * size))
+
+    def write_rows(self, name: str, rows: Callable[[int, int], np.ndarray], layer: int | None = None) -> None:
+        """`write` for a slice that is never whole in memory: one chunk at a time is asked for, written and dropped.
+
+        Args:
+          name: of the tensor.
+          rows: given start and stop on the slice's first axis behind the layers (0 and 1 of a scalar), that run of it:
+            [stop - start, ...], or [1, stop - start, ...] of a layer.
+          layer: which slice.
+
+        Raises:
+          ValueError: a run of another shape or dtype.
+          OSError: the disk is full, for one; what was written before stays.
+        """
+        spec = self._specs[name]
+        axis = int(spec.layered)
+        row = math.prod(spec.shape[axis + 1 :])
+        for part in self._missing(name, layer):
+            start, stop = part.start // row, part.stop // row
+            run = rows(start, stop)
+            shape = (*spec.slice_shape[:axis], stop - start, *spec.shape[axis + 1 :])[: len(spec.shape)]
+            if run.shape != shape or run.dtype != spec.dtype:
+                raise ValueError(f"{name}: {run.dtype}{run.shape} instead of {spec.dtype}{shape}")
+            bytes_ = np.ascontiguousarray(run).reshape(-1).view(np.uint8)
+            _stage(self._place(name) / part.file, bytes_.data, bytes(part.padding * spec.dtype.itemsize))
+            _commit(self._place(name) / part.file)
+            self._present[name].add(part.file)
 
     def commit(self, name: str, layer: int | None = None) -> None:
         """The second half of `write`, which waits for the disk."""

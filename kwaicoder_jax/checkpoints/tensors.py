@@ -5,7 +5,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -43,9 +43,14 @@ class Tensor:
         """Bytes of what `read` would return."""
         return math.prod(self.shape if layer is None else self.shape[1:]) * self.dtype.itemsize
 
-    def read(self, layer: int | None = None) -> np.ndarray:
-        """The whole tensor, or [1, ...] of one layer."""
-        return np.asarray(self._array if layer is None else self._array[layer : layer + 1])
+    def read(self, layer: int | None = None, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """The whole tensor, or [1, ...] of one layer; with `rows` only start:stop of the axis that comes next.
+
+        Args:
+          layer: index on the first axis; None for all of it.
+          rows: start and stop on the second axis where `layer` is given, else on the first.
+        """
+        return np.asarray(self._array[_index(layer, rows)])
 
 
 class StoredTensor(Tensor):
@@ -59,16 +64,16 @@ class StoredTensor(Tensor):
     def dtype(self) -> np.dtype:
         return np.dtype(self._array.dtype.numpy_dtype)
 
-    def read(self, layer: int | None = None) -> np.ndarray:
-        """The whole tensor, or [1, ...] of one layer; UserError if a part of it is gone."""
-        store = self._array if layer is None else self._array[layer : layer + 1]
+    def read(self, layer: int | None = None, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """As `Tensor.read`; UserError if a part of it is gone."""
+        store = self._array[_index(layer, rows)]
         try:
-            if self.slice_bytes(layer) <= READ_BYTES or store.size == 1:
+            if store.size * self.dtype.itemsize <= READ_BYTES or store.size == 1:
                 return store.read().result()
-            axis, rows = _pieces(store)
+            axis, step = _pieces(store)
             out = np.empty(store.shape, self.dtype)
-            for start in range(0, store.shape[axis], rows):
-                run = (*[slice(None)] * axis, slice(start, start + rows))
+            for start in range(0, store.shape[axis], step):
+                run = (*[slice(None)] * axis, slice(start, min(start + step, store.shape[axis])))
                 out[run] = store.translate_to[(0,) * store.rank][run].read().result()
             return out
         except ValueError as error:
@@ -82,27 +87,44 @@ class PlainTensor(Tensor):
         super().__init__(name, spec)
         self._folder, self._chunks = folder, chunks
 
-    def read(self, layer: int | None = None) -> np.ndarray:
-        """The whole tensor, or [1, ...] of one layer; UserError if a part of it is gone."""
+    def read(self, layer: int | None = None, rows: tuple[int, int] | None = None) -> np.ndarray:
+        """As `Tensor.read`; UserError if a part of it is gone."""
         spec = self._array
         if layer is not None and not spec.layered:
-            return self.read()[layer : layer + 1]
-        wanted = spec.slices if layer is None else [layer]
-        out = np.empty((len(wanted), *spec.shape[1:]) if spec.layered else spec.shape, spec.dtype)
-        bytes_ = out.reshape(-1).view(np.uint8)
-        for row, each in zip(np.split(bytes_, len(wanted)), wanted):
+            found = self.read(rows=(layer, layer + 1))
+            return found if rows is None else found[:, slice(*rows)]
+        wanted: Sequence[int | None] = [layer]
+        if spec.layered and layer is None:
+            wanted, rows = range(*(rows or (0, spec.shape[0]))), None
+        axis = int(spec.layered)
+        row, size = math.prod(spec.shape[axis + 1 :]), spec.dtype.itemsize
+        shape = spec.shape[axis:] if rows is None else (rows[1] - rows[0], *spec.shape[axis + 1 :])
+        first = 0 if rows is None else rows[0] * row
+        last = first + math.prod(shape)
+        out = np.empty((len(wanted), *shape) if spec.layered else shape, spec.dtype)
+        for run, each in zip(np.split(out.reshape(-1).view(np.uint8), len(wanted)), wanted):
             for part in layout.parts(spec, self._chunks, each):
-                self._read_part(part, row[part.start * spec.dtype.itemsize : part.stop * spec.dtype.itemsize])
+                start, stop = max(part.start, first), min(part.stop, last)
+                if start < stop:
+                    into = run[(start - first) * size : (stop - first) * size]
+                    self._read_part(part, (start - part.start) * size, into)
         return out
 
-    def _read_part(self, part: layout.Part, into: np.ndarray) -> None:
+    def _read_part(self, part: layout.Part, offset: int, into: np.ndarray) -> None:
         try:
             with open(self._folder / part.file, "rb", buffering=0) as file:
+                file.seek(offset)
                 whole = _fill(file, into.data)
         except FileNotFoundError:
             whole = False
         if not whole:
             raise UserError(f"{self.name} cannot be read: {part.file} is missing or cut off", where=str(self._folder))
+
+
+def _index(layer: int | None, rows: tuple[int, int] | None) -> tuple[slice, ...]:
+    """Which part of an array `Tensor.read` means."""
+    index: tuple[slice, ...] = () if layer is None else (slice(layer, layer + 1),)
+    return index if rows is None else (*index, slice(*rows))
 
 
 def _fill(file: Any, view: memoryview) -> bool:

@@ -48,7 +48,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UserError(
             f"{sizes} does not multiply to the {len(devices)} devices here", where="mesh",
-            remedy="mesh.data=-1 takes what the other axes leave",
+            remedy="every axis is 1 or more, and mesh.data=-1 takes what the others leave",
         )  # fmt: skip
     if sizes["context"] != 1:
         raise UserError("context parallelism is not available", where="mesh.context", remedy="use 1")

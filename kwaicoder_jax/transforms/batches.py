@@ -12,6 +12,9 @@ TARGETS = (*TOKENS, "targets", "loss_mask")
 
 def entries(batch: Batch, number: int, names: tuple[str, ...] = TOKENS) -> tuple[Any, ...]:
     """The arrays of those names; a UserError that names the first one that batch `number` lacks."""
+    if not isinstance(batch, Mapping):
+        remedy = f"give a list of mappings, each with {', '.join(names)}: [B, T] each"
+        raise UserError(f"batch {number} is {type(batch).__name__}, not a mapping", where="batches", remedy=remedy)
     for name in names:
         if name not in batch:
             raise UserError(f"batch {number} has no {name!r}", where="batches", remedy=f"it has {sorted(batch)}")

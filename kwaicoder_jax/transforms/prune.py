@@ -203,6 +203,9 @@ def _norm_factors(
 
 
 def _check_scores(config: models.ModelConfig, scores: Scores) -> None:
+    if not isinstance(scores, Scores):
+        remedy = "give what importance.collect returned, or Scores.load(FILE)"
+        raise UserError(f"{scores!r} are no scores", where="prune.scores", remedy=remedy)
     sizes = {"L": config.layers, "D": config.model_dim, "F": config.mlp_dim, "H": config.heads, "K": config.kv_heads}
     if config.experts is not None:
         e = config.experts

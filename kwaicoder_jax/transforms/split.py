@@ -13,6 +13,8 @@ from kwaicoder_jax.transforms.arrays import Array, homes, namespace, spread, who
 
 def check_granularity(granularity: int, mlp_dim: int) -> None:
     """Raises UserError unless G divides F; the remedy lists the divisors nearest to G."""
+    if not isinstance(granularity, int | np.integer):
+        raise UserError(f"{granularity!r} is no whole number", where="upcycle.granularity")
     if granularity >= 1 and mlp_dim % granularity == 0:
         return
     divisors = [d for d in range(1, mlp_dim + 1) if mlp_dim % d == 0]

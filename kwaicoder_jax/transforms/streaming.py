@@ -4,15 +4,11 @@ The pieces are independent: each is read, computed and written by one of a few t
 `memory_bytes`. What is written stays: the same call goes on after a crash where it was, to the same bytes.
 """
 
-import concurrent.futures
-import contextlib
 import os
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kwaicoder_jax import checkpoints, files, models
@@ -20,9 +16,7 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms import parameterwise
 from kwaicoder_jax.transforms.parameterwise import Record, Transform
 
-MEMORY_BYTES = 2**30
-PIECE = 2**18  # numbers that are looked at together: they stay in a core's cache
-WORKERS = 5  # some read and compute, which takes memory, while others wait for the disk
+MEMORY_BYTES = checkpoints.MEMORY_BYTES
 
 
 def run(
@@ -60,7 +54,8 @@ def run(
     identity = files.digest({"source": tensors.identity, "transform": of, "record": record})
     try:
         partial = checkpoints.PartialStep(target, step, plan.specs, identity)
-        _write(plan, partial, on_progress or (lambda done, total: None), memory_bytes)
+        pieces = [plan.piece(partial, name, layer) for name, layer in plan.pieces]
+        checkpoints.write_pieces(partial, pieces, on_progress=on_progress, memory_bytes=memory_bytes)
         partial.finish(meta)
     except OSError as error:
         what = f"{error.strerror or error}, with {plan.total_bytes / 1e9:.1f} GB to write in all"
@@ -113,65 +108,17 @@ class _Plan:
         sources = self._transform.sources(self._record, name, layer)
         arrays = {source: self._tensors[source].read(each) for source, each in sources.items()}
         for source, array in arrays.items():
-            if not _is_finite(array):
+            if not checkpoints.is_finite(array):
                 what = f"{source} holds numbers that are not finite"
                 raise UserError(what, where="source", remedy="it diverged or is damaged: run its stage again")
         array = np.asarray(self._transform.parameter(self._record, name, arrays, layer))
         return array if arrays else array.astype(self.specs[name].dtype)
 
+    def piece(self, partial: checkpoints.PartialStep, name: str, layer: int | None) -> checkpoints.Piece:
+        """The slice as something to be written."""
 
-def _is_finite(array: np.ndarray) -> bool:
-    """Whether no number is NaN or infinite, in no memory to speak of: by the exponents, a piece at a time."""
-    bits = {2: np.uint16, 4: np.uint32, 8: np.uint64}.get(array.dtype.itemsize)
-    if bits is None or not jnp.issubdtype(array.dtype, jnp.floating):
-        return True
-    exponent = np.array(np.inf, array.dtype).reshape(1).view(bits)[0]  # all ones: NaN or infinite
-    flat = np.ascontiguousarray(array).reshape(-1).view(bits)
-    return not any(((flat[at : at + PIECE] & exponent) == exponent).any() for at in range(0, flat.size, PIECE))
+        def stage() -> None:
+            partial.stage(name, self.compute(name, layer), layer)
 
-
-def _write(
-    plan: _Plan, partial: checkpoints.PartialStep, on_progress: Callable[[int, int], None], memory_bytes: int
-) -> None:
-    """Writes every piece that is not there yet."""
-    todo = [piece for piece in plan.pieces if not partial.is_written(*piece)]
-    done = plan.total_bytes - sum(plan.specs[name].slice_bytes for name, _ in todo)
-    on_progress(done, plan.total_bytes)
-    memory, stop = _Memory(memory_bytes), threading.Event()
-
-    def work(name: str, layer: int | None) -> int:
-        with memory.held(plan.memory_bytes(name, layer)):
-            if stop.is_set():
-                return 0
-            partial.stage(name, plan.compute(name, layer), layer)
-        partial.commit(name, layer)
-        return plan.specs[name].slice_bytes
-
-    with concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            for future in concurrent.futures.as_completed([pool.submit(work, *piece) for piece in todo]):
-                done += future.result()
-                on_progress(done, plan.total_bytes)
-        except BaseException:
-            stop.set()  # what is being written is finished, and nothing else is begun
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-class _Memory:
-    """Lets as many pieces be worked on as fit in a number of bytes, and at least one."""
-
-    def __init__(self, limit: int):
-        self._limit, self._used, self._freed = limit, 0, threading.Condition()
-
-    @contextlib.contextmanager
-    def held(self, size: int) -> Iterator[None]:
-        with self._freed:
-            self._freed.wait_for(lambda: self._used == 0 or self._used + size <= self._limit)
-            self._used += size
-        try:
-            yield
-        finally:
-            with self._freed:
-                self._used -= size
-                self._freed.notify_all()
+        size = self.specs[name].slice_bytes
+        return checkpoints.Piece(name, layer, size, self.memory_bytes(name, layer), stage)

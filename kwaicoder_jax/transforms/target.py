@@ -20,7 +20,7 @@ class Target:
       layers: L.
       model_dim: D, channels.
       mlp_dim: F, neurons of the dense MLP; not for a mixture.
-      heads: H, query heads; the same number in each KV group.
+      heads: H, query heads; the same number in each KV group. Under latent attention K is H, and either says both.
       kv_heads: K, KV heads, each with its query heads.
       experts: E, experts of each layer of a mixture.
       expert_dim: neurons of each expert.
@@ -54,8 +54,11 @@ class Target:
 
         What the model does not have (experts of a dense model, the dense MLP of a mixture) stays None.
         """
-        have, sizes = present(config), {}
-        for name, asked in dataclasses.asdict(self).items():
+        have, sizes, given = present(config), {}, dataclasses.asdict(self)
+        if config.mla is not None:  # every query head has its own key and value
+            either = self.kv_heads if self.heads is None else self.heads
+            given |= {name: either for name in ("heads", "kv_heads") if given[name] is None}
+        for name, asked in given.items():
             if name not in have:
                 if asked is not None:
                     raise UserError(f"the model has no {name}", where=f"{WHERE}.{name}", remedy=_instead(name))

@@ -58,6 +58,11 @@ def test_no_stage(tmp_path):
     assert "is no list of stages" in refused("pipeline", tmp_path, "--config.stages=()")
 
 
+def test_restarts_that_contradict_each_other(tmp_path):
+    assert "does not go with --restart" in refused("pipeline", tmp_path, "--restart", "--restart_from=cpt")
+    assert "the stages are prepare_data, pretrain" in refused("pipeline", tmp_path, "--restart_from=upcyle")
+
+
 def test_unknown_source_field(tmp_path):
     assert "no stage 'nonsense'" in refused("pipeline", tmp_path, "--config.stages=prepare_data,nonsense")
 

@@ -36,13 +36,13 @@ def on_one_device(finished, tmp_path_factory):
     ("stage", "mesh"),
     [
         ("pretrain", {"data": 2}),
-        ("pretrain", {"data": 4}),
         ("pretrain", {"fsdp": 2, "tensor": 2}),
         ("cpt", {"data": 2}),
-        ("cpt", {"data": 4}),
         ("cpt", {"fsdp": 2, "expert": 2}),
-        ("cpt", {"expert": 2, "tensor": 2}),
-        ("cpt", {"fsdp": 2}),
+        pytest.param("pretrain", {"data": 4}, marks=pytest.mark.slow),
+        pytest.param("cpt", {"data": 4}, marks=pytest.mark.slow),
+        pytest.param("cpt", {"fsdp": 2}, marks=pytest.mark.slow),
+        pytest.param("cpt", {"expert": 2, "tensor": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

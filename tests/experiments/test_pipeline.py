@@ -63,7 +63,11 @@ def test_a_changed_field_is_named_and_makes_the_rest_stale(finished, tmp_path):
     output = commands.run("distill", workdir, change, status=2)
     assert "distill.init_from" in output
     assert "input" in output
+    assert "its input prune is not" in output
     assert json.loads((workdir / "distill" / "summary.json").read_text())  # nothing was overwritten
+    page = (workdir / "report.html").read_text()
+    assert "distill was made from another prune" in commands.run("report", workdir, "--restart", status=2)
+    assert (workdir / "report.html").read_text() == page  # and no page that mixes two recipes
     commands.run("pipeline", workdir, change, "--restart_from=distill")
     assert commands.summary(workdir / "upcycle")["max_relative_logit_error"] <= 1e-5
 

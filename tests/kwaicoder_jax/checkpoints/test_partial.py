@@ -138,6 +138,45 @@ def test_a_folder_that_says_nothing_of_its_work_is_begun_anew(tmp_path):
     assert not begun(tmp_path).is_written("embedding")
 
 
+def test_rows_are_asked_for_a_chunk_at_a_time_and_not_again(tmp_path):
+    specs = SPECS | {
+        "one": checkpoints.Spec((), np.dtype(np.float32)),
+        "layers/one": checkpoints.Spec((4,), np.dtype(np.float32), True),
+    }
+    whole = {
+        name: np.asarray(np.arange(np.prod(spec.shape)), spec.dtype).reshape(spec.shape) for name, spec in specs.items()
+    }
+    asked = []
+
+    def rows(name, layer, stop_after=None):
+        def read(start, stop):
+            asked.append((name, layer, start, stop))
+            if len(asked) == stop_after:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            array = whole[name] if layer is None else whole[name][layer : layer + 1]
+            axis = 0 if layer is None else 1
+            return array if array.ndim == axis else array[(slice(None),) * axis + (slice(start, stop),)]
+
+        return read
+
+    def write(stop_after=None):
+        step = begun(tmp_path, specs=specs)
+        for name, spec in specs.items():
+            for layer in spec.slices:
+                step.write_rows(name, rows(name, layer, stop_after), layer)
+        step.finish(META)
+
+    with pytest.raises(OSError, match="No space"):
+        write(stop_after=5)
+    write()
+    assert len(asked) == len(set(asked)) + 1  # the one that failed
+    assert max(stop - start for _, _, start, stop in asked) == 4  # of 7 rows, 24 bytes a chunk
+    got = checkpoints.open_tensors(tmp_path)
+    assert {name: got[name].read().tobytes() for name in specs} == {name: x.tobytes() for name, x in whole.items()}
+    with pytest.raises(ValueError, match=r"embedding: .* instead of bfloat16"):
+        begun(tmp_path / "other").write_rows("embedding", lambda start, stop: np.zeros((stop - start, 3), np.float32))
+
+
 @pytest.mark.parametrize("array", [np.zeros((7, 3), np.float32), np.zeros((7, 2), jnp.bfloat16)])
 def test_another_shape_or_dtype_is_not_written(tmp_path, array):
     with pytest.raises(ValueError, match=r"embedding: .* instead of bfloat16"):

@@ -62,6 +62,11 @@ def test_every_tensor_and_every_layer_comes_back(tmp_path, monkeypatch, kind, ch
             for layer in range(4) if name.startswith("layers/") else ():
                 assert_same(opened[name].read(layer), expected[layer : layer + 1])
                 assert opened[name].slice_bytes(layer) == expected[0].nbytes
+            if expected.ndim:
+                assert_same(opened[name].read(rows=(1, 3)), expected[1:3])
+            if expected.ndim > 1:
+                assert_same(opened[name].read(2, rows=(1, 2)), expected[2:3, 1:2])
+                assert_same(checkpoints.Tensor(name, expected).read(2, rows=(1, 2)), expected[2:3, 1:2])
 
 
 def assert_same(got, expected):

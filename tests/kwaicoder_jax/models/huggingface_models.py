@@ -19,7 +19,6 @@ CLASSES = {
     "glm4_moe": "Glm4Moe",
 }  # fmt: skip
 INTERLEAVED = ("deepseek_v2", "deepseek_v3")  # pairs of rotary dimensions are neighbours there
-PADDED_LENGTH = 24
 
 
 def build(family, params, config):
@@ -197,3 +196,19 @@ def logits(model, batch):
     )
     with torch.no_grad():
         return model(input_ids=tokens, attention_mask=segments, position_ids=positions).logits.numpy()
+
+
+def step(model, batch, past):
+    """Their logits on the next tokens of one row, and the cache with them."""
+    tokens, positions = (torch.from_numpy(np.asarray(batch[name])).long() for name in ("inputs", "positions"))
+    with torch.no_grad():
+        output = model(input_ids=tokens, position_ids=positions, past_key_values=past, use_cache=True)
+    return output.logits.numpy(), output.past_key_values
+
+
+def count(model):
+    """Numbers in their state dict, those of a tied head once."""
+    state = dict(model.state_dict())
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return sum(value.numel() for value in state.values())

@@ -7,7 +7,7 @@ import pytest
 from kwaicoder_jax import models, testing
 from kwaicoder_jax.models import Runtime
 
-CONFIGS = testing.small_configs()
+CONFIGS = testing.small_configs() | testing.family_configs()
 EACH = pytest.mark.parametrize("name", CONFIGS)
 # Measured: 1e-5 (dense) to 3e-5 (mixtures) on logits of 10; float32 rounding through 3 layers.
 TOLERANCE = 1e-4
@@ -84,7 +84,9 @@ def test_runtime_changes_neither_loss_nor_gradients(name, runtime):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-4), other_grads, grads)
 
 
-@pytest.mark.parametrize("name", ["odd", "moe_sigmoid"])
+@pytest.mark.parametrize(
+    "name", ["odd", "moe_sigmoid", "llama", "olmoe", "mixtral_with_biases", "deepseek_v2", "deepseek_v3", "glm4_moe"]
+)
 def test_gradients_match_finite_differences_of_the_float64_reference(name):
     config = CONFIGS[name]
     params, batch = testing.random_params(config), testing.random_batch(config, 1, 8)

@@ -98,3 +98,44 @@ def test_bfloat16(backend):
 def test_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="no_such"):
         attend(*map(jnp.asarray, packed_case(8)), "no_such")
+
+
+def windowed_reference(q, k, v, segments, positions, window, scale):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for row, query, head in np.ndindex(*q.shape[:3]):
+        distance = positions[row, query] - positions[row]
+        see = np.flatnonzero((segments[row] == segments[row, query]) & (distance >= 0) & (distance < window))
+        scores = k[row, see, head // (HEADS // KV_HEADS)] @ q[row, query, head] * scale
+        weights = np.exp(scores - scores.max())
+        out[row, query, head] = weights @ v[row, see, head // (HEADS // KV_HEADS)] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("time", [24, 150])
+def test_windows_scales_and_values_of_another_width(backend, time):
+    q, k, _, segments, positions = packed_case(time)
+    rng = np.random.default_rng(2)
+    v, window, scale = rng.standard_normal((2, time, KV_HEADS, 5)).astype(np.float32), 7, 0.3
+    weights = rng.standard_normal((2, time, HEADS, 5)).astype(np.float32)
+    real = segments > 0
+
+    def attend(q, k, v, window):
+        return dot_product_attention(
+            q, k, v, q_positions_BT=positions, k_positions_BS=positions, q_segments_BT=segments,
+            k_segments_BS=segments, same_sequence=True, window=window, scale=scale, backend=backend,
+        )  # fmt: skip
+
+    out, pull = jax.vjp(lambda *x: attend(*x, jnp.int32(window)), *map(jnp.asarray, (q, k, v)))
+    expected = windowed_reference(q, k, v, segments, positions, window, scale)
+    np.testing.assert_allclose(np.asarray(out)[real], expected[real], atol=1e-5)
+    for place, grad in enumerate(pull(jnp.asarray(weights * real[:, :, None, None]))):
+        direction = rng.standard_normal((q, k, v)[place].shape)
+        ends = []
+        for sign in (1, -1):
+            moved = [x + sign * 1e-5 * direction if at == place else x for at, x in enumerate((q, k, v))]
+            ends.append(np.sum((windowed_reference(*moved, segments, positions, window, scale) * weights)[real]))
+        got = np.sum(np.asarray(grad, np.float64) * direction)
+        np.testing.assert_allclose(got, (ends[0] - ends[1]) / 2e-5, rtol=2e-4)
+    np.testing.assert_array_equal(attend(q, k, v, jnp.int32(0)), attend(q, k, v, None))

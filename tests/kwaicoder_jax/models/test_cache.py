@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from kwaicoder_jax import models, testing
+from kwaicoder_jax.models.latent_attention import absorb_is_cheaper
 
-CONFIGS = testing.small_configs()
+CONFIGS = testing.small_configs() | testing.family_configs()
 TOLERANCE = 1e-4  # float32 logits of 10, sums in another order
 
 
@@ -43,6 +44,23 @@ def test_token_by_token_equals_the_whole_sequence(name):
     np.testing.assert_array_equal(cache.segments_BS[:, 12:], 0)
 
 
+@pytest.mark.parametrize("name", [n for n in testing.family_configs() if n != "llama_dynamic"])
+def test_families_token_by_token(name):
+    """Windows end inside the prompt. Latent attention makes keys of the 16 tokens, and reads the latents of the rest."""
+    config = CONFIGS[name]
+    params, batch = testing.random_params(config), left_padded(config, [20, 17, 5], 20)
+    got, _ = run_in_pieces(params, config, batch, [0, 16, 17, 18, 20], slots=22)
+    real = batch["segment_ids"] > 0
+    np.testing.assert_allclose(got[real], testing.reference_logits(params, config, batch)[real], atol=TOLERANCE, rtol=0)
+
+
+def test_latents_are_read_where_that_is_less_work():
+    m = CONFIGS["deepseek_v3"].mla
+    assert [absorb_is_cheaper(m, queries) for queries in (1, 14, 15, 16)] == [True, True, False, False]
+    large = models.MlaConfig(1536, 512, 128, 64, 128)  # DeepSeek-V2: 170 queries
+    assert [absorb_is_cheaper(large, queries) for queries in (1, 170, 171, 4096)] == [True, True, False, False]
+
+
 def test_every_cut_gives_the_same_logits_and_cache():
     config = testing.odd_config()
     params, batch = testing.random_params(config), left_padded(config, [10, 7], 10)
@@ -65,6 +83,12 @@ def test_packed_documents_stay_apart_in_a_cache():
     got, _ = run_in_pieces(params, config, batch, [0, 6, 12], slots=12)
     real = batch["segment_ids"] > 0
     np.testing.assert_allclose(got[real], testing.reference_logits(params, config, batch)[real], atol=TOLERANCE, rtol=0)
+
+
+def test_a_latent_cache_holds_the_latent_and_one_rotary_key():
+    cache = models.empty_cache(CONFIGS["deepseek_v3"], batch=4, slots=9)
+    assert cache.key_LBSKN.shape == (4, 4, 9, 1, 6)
+    assert cache.value_LBSKN.shape == (4, 4, 9, 1, 9)
 
 
 def test_empty_cache_shapes():

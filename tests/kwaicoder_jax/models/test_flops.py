@@ -1,5 +1,7 @@
 """Model FLOPs against closed forms written out by hand."""
 
+import math
+
 import pytest
 
 from kwaicoder_jax import models, testing
@@ -22,11 +24,33 @@ def test_mixture_counts_the_experts_that_a_token_uses():
     assert models.forward_flops_per_token(config, 100) == pytest.approx(3 * layer + 2 * 97 * 32, rel=1e-12)
 
 
+def test_latent_attention_with_dense_first_layers():
+    config = testing.family_configs()["deepseek_v2"]  # D 32, H 5, F 48; R 9, U 4, P 6, W 7; 3 of 8 experts of 14
+    attention = 2 * (32 * 5 * 10 + 32 * 15 + 9 * 5 * 11 + 5 * 7 * 32) + 2 * 5 * (10 + 7) * 100 / 2
+    mixture = 2 * 32 * 8 + 2 * 3 * 3 * 32 * 14 + 2 * 3 * 32 * 10
+    expected = 3 * attention + 2 * 3 * 32 * 48 + 2 * mixture
+    assert models.forward_flops_per_token(config, 100, logits=False) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_window_is_what_a_token_sees():
+    """Layers that see all, 7 and 4 of 100: on average over positions, a continuous one."""
+    config = testing.family_configs()["qwen2"]
+    plain = config.replace(windows=())
+    seen = {w: sum(min(at, w) for at in range(1, 101)) / 100 - 0.5 for w in (7, 4)}
+    saved = 2 * 2 * 6 * 8 * sum(50 - visible for visible in seen.values())
+    difference = models.forward_flops_per_token(plain, 100) - models.forward_flops_per_token(config, 100)
+    assert difference == pytest.approx(saved, rel=0.02)
+    assert models.forward_flops_per_token(config, 4) == models.forward_flops_per_token(plain, 4)
+
+
 def test_six_times_the_active_parameters():
     """The usual estimate, 6 per active matmul parameter, at a length where attention is nothing."""
-    for config in testing.small_configs().values():
-        norms = config.model_dim * (2 * config.layers + 1)
-        biases = config.layers * config.experts.num_experts if config.experts and config.experts.router_bias else 0
+    for config in (testing.small_configs() | testing.family_configs()).values():
+        if config.experts is not None and config.experts.bias:
+            continue  # active biases are not whole arrays
+        declared = models.declarations(config).items()
+        norms = sum(math.prod(d.shape) for name, d in declared if name.endswith("scale"))
+        biases = sum(math.prod(d.shape) for name, d in declared if name.endswith("bias"))
         tables = config.vocab_size * config.model_dim * (0 if config.tie_embeddings else 1)
         matmul = models.count_active(config) - norms - biases - tables  # the lookup of an untied table is no matmul
         assert models.train_flops_per_token(config, 0) == pytest.approx(6 * matmul, rel=1e-12)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from kwaicoder_jax import testing
+from kwaicoder_jax import models, testing
 from kwaicoder_jax.models import ExpertsConfig, MlaConfig, RopeScaling
 from kwaicoder_jax.models.rotary import is_dynamic
 
@@ -98,6 +98,7 @@ def test_logits_with_padding_on_either_side(case):
     family, config = CASES[case]
     params = testing.random_params(config)
     theirs = huggingface_models.build(family, params, config)
+    assert huggingface_models.count(theirs) == models.count(config)
     for side in ("left", "right"):
         batch = padded(config, side)
         real = batch["segment_ids"] > 0
@@ -110,3 +111,19 @@ def test_logits_with_padding_on_either_side(case):
         assert expected[real].std() > 2, "the reference must be worth comparing with"
         np.testing.assert_allclose(got[real], expected[real], atol=TOLERANCE, rtol=0, err_msg=side)
         assert np.isfinite(got).all(), "padding must not make NaN"
+
+
+def test_dynamic_frequencies_while_generating():
+    """Past max_length every new key turns as fast as the length at that moment says; keys in the cache stay."""
+    family, config = CASES["llama: dynamic"]
+    params = testing.random_params(config)
+    theirs = huggingface_models.build(family, params, config)
+    batch = testing.random_batch(config, 1, 20, packed=False)
+    cache, past = models.empty_cache(config, 1, 20), None
+    for start, stop in ((0, 8), *((at, at + 1) for at in range(8, 16)), (16, 20)):
+        piece = {name: array[:, start:stop] for name, array in batch.items()}
+        expected, past = huggingface_models.step(theirs, piece, past)
+        output = testing.run(params, config, piece, cache=cache)
+        cache = output.cache
+        got = models.logits(output.hidden_BTD, models.projection(params))
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0, err_msg=f"tokens {start} to {stop}")

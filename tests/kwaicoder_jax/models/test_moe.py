@@ -7,7 +7,7 @@ import pytest
 
 from kwaicoder_jax import models, testing
 from kwaicoder_jax.models import ExpertsConfig, Router
-from kwaicoder_jax.models.moe import router_statistics, selection
+from kwaicoder_jax.models.moe import MoE, router_statistics, selection
 
 LOGITS = np.random.default_rng(0).standard_normal((40, 7)).astype(np.float32) * 2
 
@@ -55,6 +55,67 @@ def test_a_selection_bias_moves_the_choice_and_not_the_weights():
     assert (expected_index != np.argsort(-LOGITS, axis=-1, kind="stable")[:, :3]).any()
     picked = np.take_along_axis(sigmoid, expected_index, -1)
     np.testing.assert_allclose(weight, 2.5 * picked / picked.sum(-1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("score", "best"), [("max", 1), ("top2", 2)])
+@pytest.mark.parametrize("router", [Router.SIGMOID, Router.SOFTMAX_TOPK])
+def test_experts_come_from_the_best_groups(score, best, router):
+    biased = router is Router.SIGMOID
+    mixture = ExpertsConfig(12, 3, 24, router, 2.5, router_bias=biased, groups=4, top_groups=2, group_score=score)
+    rng = np.random.default_rng(4)
+    logits = rng.standard_normal((60, 12)).astype(np.float32) * 2
+    bias = rng.standard_normal(12).astype(np.float32) * 0.3 if biased else None
+    ranked_by = selection(jnp.asarray(logits), None if bias is None else jnp.asarray(bias), mixture)
+    weight, index, _ = models.choose_experts(jnp.asarray(logits), mixture, ranked_by)
+    scores = 1 / (1 + np.exp(-logits.astype(np.float64))) if biased else softmax(logits)
+    fewer_groups = 0
+    for row, (score_E, chosen_X) in enumerate(zip(scores, np.asarray(index))):
+        ranked_E = score_E + bias if biased else score_E
+        groups = sorted(range(4), key=lambda g: -np.sort(ranked_E[3 * g : 3 * g + 3])[-best:].sum())[:2]
+        allowed = sorted(e for g in groups for e in range(3 * g, 3 * g + 3))
+        expected = sorted(allowed, key=lambda e: -ranked_E[e])[:3]
+        assert chosen_X.tolist() == expected
+        fewer_groups += set(expected) != set(np.argsort(-ranked_E)[:3].tolist())
+        total = score_E[expected].sum() if biased else 1.0
+        np.testing.assert_allclose(weight[row], 2.5 * score_E[expected] / total, rtol=1e-5)
+    assert fewer_groups > 5, "the groups have to matter"
+
+
+def test_all_groups_are_no_limit():
+    mixture = ExpertsConfig(12, 3, 24, Router.SOFTMAX_TOPK, groups=4, top_groups=4)
+    assert selection(jnp.zeros((2, 12)), None, mixture) is None
+
+
+def test_biases_of_experts_reach_output_and_statistics():
+    """One layer against numpy, expert by expert: outputs, and importance of experts and neurons."""
+    config = testing.family_configs()["mixtral_with_biases"]
+    p = {n.removeprefix("layers/moe/"): np.asarray(x)[0] for n, x in models.flatten(testing.random_params(config)).items()
+         if n.startswith("layers/moe/")}  # fmt: skip
+    x = np.random.default_rng(5).standard_normal((2, 9, config.model_dim)).astype(np.float32)
+    mask = np.ones((2, 9), bool)
+    mask[1, 6:] = False
+    (y, _), recorded = MoE(config, models.Runtime()).apply(
+        {"params": jax.tree.map(jnp.asarray, p)}, jnp.asarray(x), jnp.asarray(mask), mutable=["statistics"]
+    )
+    logits = x.astype(np.float64) @ p["router"]
+    expected, importance, mean = np.zeros(x.shape), np.zeros(7), np.zeros((7, 14))
+    for row in range(2):
+        sums, count = np.zeros((7, 14)), np.zeros((7, 1))
+        for time in range(9):
+            chosen = np.argsort(-logits[row, time])[:2]
+            weights = softmax(logits[row, time, chosen])
+            for e, weight in zip(chosen, weights):
+                gate = x[row, time] @ p["gate"][e] + p["gate_bias"][e]
+                neurons = gate / (1 + np.exp(-gate)) * (x[row, time] @ p["up"][e] + p["up_bias"][e])
+                out = neurons @ p["down"][e] + p["down_bias"][e]
+                expected[row, time] += weight * out
+                if mask[row, time]:
+                    importance[e] += weight * np.linalg.norm(out)
+                    sums[e], count[e] = sums[e] + np.abs(neurons), count[e] + 1
+        mean += sums / np.maximum(count, 1)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+    np.testing.assert_allclose(recorded["statistics"]["experts"], importance, rtol=1e-5)
+    np.testing.assert_allclose(recorded["statistics"]["expert_neurons"]["first"]["mean"], mean, rtol=1e-4)
 
 
 def test_a_selection_bias_has_no_gradient():

@@ -7,7 +7,8 @@ import pytest
 from kwaicoder_jax import models, testing
 from kwaicoder_jax.errors import UserError
 
-CONFIGS = testing.small_configs()
+CONFIGS = testing.small_configs() | testing.family_configs()
+SMALL = pytest.mark.parametrize("name", testing.small_configs())
 EACH = pytest.mark.parametrize("name", CONFIGS)
 
 
@@ -26,19 +27,23 @@ def test_init_makes_what_is_declared(name):
 def test_every_axis_is_named_and_sized_as_the_config_says(name):
     c = CONFIGS[name]
     sizes = {
-        "layers": c.layers, "embed": c.model_dim, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim,
-        "mlp": c.mlp_dim, "vocab": c.vocab_size,
+        "layers": c.layers - c.dense_layers, "dense_layers": c.dense_layers, "embed": c.model_dim, "heads": c.heads,
+        "kv_heads": c.kv_heads, "head_dim": c.head_dim, "mlp": c.mlp_dim, "vocab": c.vocab_size,
     }  # fmt: skip
+    if m := c.mla:
+        sizes |= {"q_latent": m.q_rank, "kv_latent": m.kv_rank, "kv_latent_and_rope": m.kv_rank + m.rope_dim}
+        sizes |= {"nope_and_value": m.nope_dim + m.value_dim, "value_dim": m.value_dim}
     if c.experts is not None:
         sizes |= {"experts": c.experts.num_experts, "expert_mlp": c.experts.mlp_dim}
         sizes |= {"shared_mlp": c.experts.shared_mlp_dim, "shared": 1}
     for parameter, d in models.declarations(c).items():
         assert d.shape == tuple(sizes[axis] for axis in d.axes), parameter
         assert (d.axis("layers") == 0) == parameter.startswith("layers/")
+        assert (d.axis("dense_layers") == 0) == parameter.startswith("dense_layers/")
         assert d.axis("no such axis") is None
 
 
-@EACH
+@SMALL
 def test_count_by_hand(name):
     c = CONFIGS[name]
     attention = c.model_dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
@@ -56,6 +61,29 @@ def test_count_by_hand(name):
     assert models.count(c) == sum(leaf.size for leaf in jax.tree.leaves(testing.random_params(c)))
 
 
+def test_active_parameters_of_families():
+    """All but what 7 of 9 experts, and 5 of 7 with biases, have in each mixture layer."""
+    v3, biased = CONFIGS["deepseek_v3"], CONFIGS["mixtral_with_biases"]
+    assert models.count(v3) - models.count_active(v3) == 2 * 7 * 3 * 32 * 14
+    assert models.count(biased) - models.count_active(biased) == 3 * 5 * (3 * 32 * 14 + 2 * 14 + 32)
+
+
+def test_kinds_and_what_writes_to_the_residual_stream():
+    declared = models.declarations(CONFIGS["mixtral_with_biases"]) | models.declarations(CONFIGS["deepseek_v3"])
+    kinds = {name: d.kind for name, d in declared.items()}
+    assert (
+        kinds["layers/attention/out_bias"] == kinds["layers/moe/router_bias"] == kinds["layers/moe/gate_bias"] == "bias"
+    )
+    assert kinds["layers/attention/kv_down_norm/scale"] == kinds["final_norm/scale"] == "scale"
+    assert kinds["embedding"] == kinds["layers/moe/router"] == kinds["dense_layers/attention/kv_up"] == "matrix"
+    writing = {name.split("/", 1)[1] for name, d in declared.items() if d.writes}
+    assert writing == {
+        "attention/out", "attention/out_bias", "mlp/down", "moe/down", "moe/down_bias", "moe/shared/down"
+    }  # fmt: skip
+    of_experts = {name.rsplit("/", 1)[1] for name, d in declared.items() if d.of_experts}
+    assert of_experts == {"gate", "up", "down", "gate_bias", "up_bias", "down_bias"}
+
+
 def test_count_of_a_published_model():
     smollm2_135m = models.ModelConfig(49152, 30, 576, 9, 3, 64, 1536, tie_embeddings=True)
     assert models.count(smollm2_135m) == 134_515_008  # numel over the published checkpoint
@@ -63,10 +91,12 @@ def test_count_of_a_published_model():
 
 def test_initialisation_scale():
     """Matrices of std `initializer_range`; those that write to the residual stream are smaller by sqrt(2 layers)."""
-    config = testing.dense_config(model_dim=64, layers=4)
+    config = testing.dense_config(model_dim=64, layers=4, qkv_bias=True, mlp_bias=True, qk_norm="head")
     for name, leaf in models.flatten(jax.jit(models.init, static_argnums=0)(config, jax.random.key(1))).items():
         if name.endswith("scale"):
             np.testing.assert_array_equal(leaf, 1)
+        elif name.endswith("bias"):
+            np.testing.assert_array_equal(leaf, 0)
         else:
             expected = 0.02 / 8**0.5 if name.endswith(("out", "down")) else 0.02
             np.testing.assert_allclose(np.std(leaf), expected, rtol=0.05, err_msg=name)

@@ -33,8 +33,9 @@ def theirs(scaling, theta, width):
     parameters = {"rope_theta": theta, "rope_type": str(scaling.kind)} | dataclasses.asdict(scaling)
     parameters["original_max_position_embeddings"] = scaling.original_length
     config = types.SimpleNamespace(
-        rope_parameters=parameters, head_dim=width, max_position_embeddings=10, standardize_rope_params=lambda: None
-    )
+        rope_parameters=parameters, head_dim=width, hidden_size=width, num_attention_heads=1,
+        max_position_embeddings=10, standardize_rope_params=lambda: None,
+    )  # fmt: skip
     frequency_P, factor = rope_utils.ROPE_INIT_FUNCTIONS[str(scaling.kind)](config, torch.device("cpu"))
     return frequency_P.numpy(), factor
 

@@ -52,6 +52,17 @@ def test_a_model_records_every_unit_and_only_when_asked(name):
         assert shared.shape == (c.layers, c.experts.shared_mlp_dim)
 
 
+def test_latent_attention_and_first_layers_record_theirs():
+    c = testing.family_configs()["deepseek_v3"]
+    params, batch = testing.random_params(c), testing.random_batch(c, 3, 24)
+    stats = testing.run(params, c, batch, statistics=True).statistics
+    for stack, layers in (("dense_layers", 2), ("layers", 2)):
+        assert set(stats[stack]["attention"]) == {"heads", "groups"}
+        assert stats[stack]["attention"]["heads"]["first"]["mean"].shape == (layers, c.heads)
+    assert stats["dense_layers"]["mlp"]["neurons"]["first"]["mean"].shape == (2, c.mlp_dim)
+    assert stats["layers"]["moe"]["experts"].shape == (2, c.experts.num_experts)
+
+
 def test_values_of_the_final_norm_and_of_influence():
     """Two recordings whose inputs the output shows: the final hidden states, and the stream around a layer."""
     c = testing.odd_config()

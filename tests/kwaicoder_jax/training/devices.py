@@ -15,12 +15,12 @@ QUICK: dict[str, str | bool | int | float] = {
 }
 
 
-def run(module: str, devices: int) -> Any:
-    """What `python -m tests.kwaicoder_jax.MODULE` prints as its last line, as JSON."""
+def run(module: str, devices: int, *arguments: str) -> Any:
+    """What `python -m tests.kwaicoder_jax.MODULE ARGUMENTS` prints as its last line, as JSON."""
     quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
     flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *quick])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", f"tests.kwaicoder_jax.{module}"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", f"tests.kwaicoder_jax.{module}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -81,3 +81,11 @@ def test_a_batch_lies_over_all_data_like_axes():
     mesh = training.make_mesh(MeshConfig(2, 2, 2), jax.devices() * 8)
     assert training.batch_sharding(mesh).shard_shape((16, 5)) == (2, 5)
     assert training.replicated(mesh).shard_shape((16, 5)) == (16, 5)
+
+
+@pytest.mark.slow
+def test_families_on_every_axis_at_once():
+    """Latent attention, a dense first layer, groups of experts; biases everywhere, also on experts; a window."""
+    errors = devices.run("training.families_on_devices", 8)
+    assert len(errors) > 60
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.get)  # float32 sums in another order

@@ -1,6 +1,7 @@
 """Upcycles the checkpoint that is named, streamed, with a pause after each file; prints each piece that is written."""
 
 import json
+import os
 import pathlib
 import sys
 import time
@@ -19,7 +20,7 @@ def main() -> None:
     def slowly(file):
         time.sleep(0.002)
         original(file)
-        print(file.parent.name + "/" + file.name, flush=True)
+        os.write(1, f"{file.parent.name}/{file.name}\n".encode())  # at once: several threads write
 
     partial._commit, layout.CHUNK_BYTES = slowly, CHUNK_BYTES
     streaming.run(upcycle, source, target, json.loads(record.read_text()), meta=META)

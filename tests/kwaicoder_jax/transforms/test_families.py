@@ -73,6 +73,12 @@ def test_windows_go_with_their_layers():
     assert Target(layers=1).apply(config, [0]).windows == ()
 
 
+@pytest.mark.parametrize("field", ["heads", "kv_heads"])
+def test_heads_of_latent_attention_are_one_size(field):
+    resolved = Target(**{field: 3}).resolve(ONE_STACK["latent"])
+    assert (resolved.heads, resolved.kv_heads) == (3, 3)
+
+
 REFUSED = {
     "heads normed together": (
         "olmoe",
@@ -190,6 +196,7 @@ def test_a_dense_model_with_biases_upcycles_without_loss(biased_params, kind, tm
         assert np.array_equal(streamed[name].read(), array), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UPCYCLINGS)
 def test_moments_of_biases_follow_the_gradient(biased_params, kind):
     """k = R and a uniform router: every copy's gradient has a closed form."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kwaicoder_jax import models, testing
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.transforms import Scores, Target, importance, prune
+from kwaicoder_jax.transforms import Scores, Target, importance, prune, upcycle
 from kwaicoder_jax.transforms import heads as heads_module
 
 from . import reference
@@ -326,3 +326,20 @@ def test_wrong_scores_and_models():
     other = CONFIG.replace(tie_embeddings=False)
     with pytest.raises(UserError, match="another model"):
         prune.replay(params_and_batch(other)[0], other, record)
+
+
+@pytest.mark.parametrize("scores", [None, "scores.npz"])
+def test_scores_that_are_none(scores):
+    with pytest.raises(UserError, match=r"prune.scores: .* are no scores; give what importance.collect returned"):
+        prune.apply({}, testing.dense_config(), scores, Target(layers=2))
+
+
+@pytest.mark.parametrize("batches", [[np.zeros((2, 8), np.int32)], testing.random_batch(testing.dense_config(), 1, 8)])
+def test_batches_that_are_none(batches):
+    with pytest.raises(UserError, match=r"batches: batch 0 is .*, not a mapping; give a list of mappings"):
+        importance.collect(testing.random_params(testing.dense_config()), testing.dense_config(), batches)
+
+
+def test_a_granularity_that_is_no_whole_number():
+    with pytest.raises(UserError, match=r"upcycle.granularity: 4.0 is no whole number"):
+        upcycle.apply({}, testing.dense_config(), granularity=4.0, replicas=2)

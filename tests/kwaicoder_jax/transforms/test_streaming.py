@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from kwaicoder_jax import checkpoints, models, testing
-from kwaicoder_jax.checkpoints import layout, partial
+from kwaicoder_jax.checkpoints import layout, partial, pieces
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.transforms import Target, prune, streaming, upcycle
 from tests.kwaicoder_jax.transforms.stream_until_killed import CHUNK_BYTES, META
@@ -274,11 +274,11 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, dtype, bad):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "int32"])
 def test_the_largest_numbers_are_finite(dtype, monkeypatch):
-    monkeypatch.setattr(streaming, "PIECE", 4)
+    monkeypatch.setattr(pieces, "FINITE", 4)
     kind = jax.numpy.dtype(dtype)
     limits = jax.numpy.iinfo(kind) if kind.kind == "i" else jax.numpy.finfo(kind)
     array = np.zeros((3, 3), kind)
     array[2] = limits.max, limits.min, -1
-    assert streaming._is_finite(array)
-    assert streaming._is_finite(array[:0])
-    assert streaming._is_finite(np.array(1, kind))
+    assert checkpoints.is_finite(array)
+    assert checkpoints.is_finite(array[:0])
+    assert checkpoints.is_finite(np.array(1, kind))
