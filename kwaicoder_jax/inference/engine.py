@@ -100,15 +100,27 @@ class Engine:
 
     def step(self) -> bool:
         """Admits what has room, and draws one token for every row; False if there was nothing to do."""
-        self._drop_cancelled()
-        if not self._waiting and not self.running:
+        if not self.admit():
             return False
-        self._admit()
         if self.running:
             self._fit()
             top = self._alternatives(self.running)
             self._rows, drawn = self._programs.decode(weights=self.weights, rows=self._rows, top=top)
             self._take(drawn, self._running)
+        return True
+
+    def admit(self) -> bool:
+        """The first half of a step: drops what was cancelled, and gives rows and first tokens to what has room.
+
+        Prompts are run up to PREFILL_CHUNK tokens, so that those that have rows need not wait for long.
+
+        Returns:
+          False if nothing is waiting or running.
+        """
+        self._drop_cancelled()
+        if not self._waiting and not self.running:
+            return False
+        self._admit()
         return True
 
     def _drop_cancelled(self) -> None:
