@@ -36,7 +36,7 @@ class Runner:
             lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32) * 0.02), models.abstract(config)
         )
         self._shape, self._rng, self._inference = shape, rng, inference
-        weights = inference.prepare(params, config, form or "auto")
+        weights = inference.prepare(params, config, form or "float")
         self._engine = inference.Engine(weights, config, max_rows=8, max_tokens=4096)
 
     def run(self, batch: int) -> dict[str, float]:

@@ -49,12 +49,20 @@ def unstacked(cache: Cache) -> LayerCaches:
     return LayerCaches(keys, values, cache.positions_BS, cache.segments_BS, cache.index % cache.positions_BS.shape[1])
 
 
-def empty(config: ModelConfig, rows: int, slots: int) -> LayerCaches:
+def storage_dtype(config: ModelConfig, platform: str) -> str:
+    """The dtype of keys and values: that of the computation, but float32 for bfloat16 on CPU.
+
+    XLA has no update of a bfloat16 array there, and would convert all slots to float32 and back in every step. (Latent
+    attention has no product of mixed dtypes, and its caches are small.)
+    """
+    return "float32" if platform == "cpu" and config.mla is None else config.dtype
+
+
+def empty(config: ModelConfig, rows: int, slots: int, dtype: str) -> LayerCaches:
     """No token in any row."""
     shapes = jax.eval_shape(lambda: models.empty_cache(config, rows, slots))
     keys, values = (
-        tuple(jnp.zeros(x.shape[1:], x.dtype) for _ in range(x.shape[0]))
-        for x in (shapes.key_LBKSN, shapes.value_LBKSN)
+        tuple(jnp.zeros(x.shape[1:], dtype) for _ in range(x.shape[0])) for x in (shapes.key_LBKSN, shapes.value_LBKSN)
     )
     positions_BS, segments_BS = jnp.zeros((rows, slots), jnp.int32), jnp.zeros((rows, slots), jnp.int32)
     return LayerCaches(keys, values, positions_BS, segments_BS, jnp.zeros((), jnp.int32))

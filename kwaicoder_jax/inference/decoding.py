@@ -46,21 +46,32 @@ class Drawn:
 
     Attributes:
       token_B: int32.
-      logprob_B: its log probability in nats, before temperature, top-k and top-p.
-      top_BA: the most probable tokens, if they were asked for; A may be 0.
-      top_logprob_BA: theirs.
+      scores: None where nobody asked.
     """
 
     token_B: jax.Array
+    scores: "Scores | None"
+
+
+@flax.struct.dataclass
+class Scores:
+    """Log probabilities in nats, before temperature, top-k and top-p.
+
+    Attributes:
+      logprob_B: of the drawn token.
+      top_BA: the A most probable tokens.
+      top_logprob_BA: theirs.
+    """
+
     logprob_B: jax.Array
     top_BA: jax.Array
     top_logprob_BA: jax.Array
 
 
-def empty_prefix(config: ModelConfig, slots: int, length: jax.Array) -> Prefix:
+def empty_prefix(config: ModelConfig, slots: int, length: jax.Array, *, cache_dtype: str) -> Prefix:
     """A prompt of which nothing was run yet."""
     hidden_1D = jnp.zeros((1, config.model_dim), config.dtype)
-    return Prefix(caches.empty(config, 1, slots), hidden_1D, length)
+    return Prefix(caches.empty(config, 1, slots, cache_dtype), hidden_1D, length)
 
 
 def prefill(weights: Weights, config: ModelConfig, prefix: Prefix, tokens_T: jax.Array, *, runtime: Runtime) -> Prefix:
@@ -80,15 +91,15 @@ def prefill(weights: Weights, config: ModelConfig, prefix: Prefix, tokens_T: jax
     return prefix.replace(cache=cache, hidden_1D=hidden_1TD[:, -1])  # type: ignore[attr-defined]
 
 
-def empty_rows(config: ModelConfig, rows: int, slots: int) -> Rows:
+def empty_rows(config: ModelConfig, rows: int, slots: int, *, cache_dtype: str) -> Rows:
     """No row is active."""
     zeros, floats = functools.partial(jnp.zeros, (rows,), jnp.int32), functools.partial(jnp.zeros, (rows,), jnp.float32)
     settings = Settings(zeros(), jnp.zeros((rows,), jnp.uint32), floats(), zeros(), floats() + 1.0)
-    return Rows(caches.empty(config, rows, slots), zeros(), zeros(), jnp.zeros((rows,), bool), settings)
+    return Rows(caches.empty(config, rows, slots, cache_dtype), zeros(), zeros(), jnp.zeros((rows,), bool), settings)
 
 
 def join(
-    weights: Weights, rows: Rows, prefix: Prefix, joining_B: jax.Array, settings: Settings, *, top: int
+    weights: Weights, rows: Rows, prefix: Prefix, joining_B: jax.Array, settings: Settings, *, top: int | None
 ) -> tuple[Rows, Drawn]:
     """Puts one prompt into some rows, and draws their first tokens.
 
@@ -98,7 +109,7 @@ def join(
       prefix: the prompt, run to its end.
       joining_B: which rows it takes; they must be free.
       settings: of those rows; anything in the others.
-      top: how many of the most probable tokens to report.
+      top: how many of the most probable tokens to report; None for no log probabilities at all.
 
     Returns:
       The rows, and what was drawn, which means nothing in rows that do not join.
@@ -121,7 +132,9 @@ def leave(rows: Rows, leaving_B: jax.Array) -> Rows:
     return rows.replace(active_B=rows.active_B & ~leaving_B)  # type: ignore[attr-defined]
 
 
-def decode(weights: Weights, config: ModelConfig, rows: Rows, *, top: int, runtime: Runtime) -> tuple[Rows, Drawn]:
+def decode(
+    weights: Weights, config: ModelConfig, rows: Rows, *, top: int | None, runtime: Runtime
+) -> tuple[Rows, Drawn]:
     """Runs the newest token of every row, and draws the next one."""
     active_B1 = rows.active_B[:, None].astype(jnp.int32)
     hidden_B1D, cache = _run(
@@ -154,12 +167,11 @@ def _run(
     return output.hidden_BTD, caches.unstacked(output.cache)
 
 
-def _draw(logits_BV: jax.Array, positions_B: jax.Array, settings: Settings, top: int) -> Drawn:
+def _draw(logits_BV: jax.Array, positions_B: jax.Array, settings: Settings, top: int | None) -> Drawn:
     token_B = choose_tokens(logits_BV, positions_B, settings)
+    if top is None:
+        return Drawn(token_B, None)
     total_B1 = jax.nn.logsumexp(logits_BV, axis=-1, keepdims=True)
     logprob_B = (jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1) - total_B1)[:, 0]
-    if not top:
-        nothing_B0 = jnp.zeros((len(token_B), 0))
-        return Drawn(token_B, logprob_B, nothing_B0.astype(jnp.int32), nothing_B0)
     logits_BA, top_BA = jax.lax.top_k(logits_BV, top)
-    return Drawn(token_B, logprob_B, top_BA.astype(jnp.int32), logits_BA - total_B1)
+    return Drawn(token_B, Scores(logprob_B, top_BA.astype(jnp.int32), logits_BA - total_B1))

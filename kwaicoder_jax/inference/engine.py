@@ -62,7 +62,7 @@ class Engine:
           placement: on a mesh; None for one device.
         """
         self.weights, self.config, self.max_tokens = weights, config, max_tokens
-        self._programs = programs(config, runtime or Runtime(), placement)
+        self._programs = programs(config, runtime or Runtime(), placement, weights.platform)
         self._sizes = Sizes(max_rows, max_tokens, ahead, fixed_rows, 1 if placement is None else placement.row_shares)
         self._waiting: collections.deque[Generation] = collections.deque()
         self._running: list[Generation | None] = []  # by row
@@ -104,7 +104,7 @@ class Engine:
             return False
         if self.running:
             self._fit()
-            top = self._alternatives(self.running)
+            top = self._top(self.running)
             self._rows, drawn = self._programs.decode(weights=self.weights, rows=self._rows, top=top)
             self._take(drawn, self._running)
         return True
@@ -176,20 +176,16 @@ class Engine:
             new[row] = self._running[row] = generation
         self._rows, drawn = self._programs.join(
             self.weights, self._rows, prefix, np.array([each is not None for each in new]), _settings(new),
-            top=self._alternatives(joining),
+            top=self._top(joining),
         )  # fmt: skip
         self._take(drawn, new)
 
     def _take(self, drawn: Drawn, generations: list[Generation | None]) -> None:
         """Hands each generation the token of its row."""
-        ids, logprobs, tops, top_logprobs = jax.device_get(
-            (drawn.token_B, drawn.logprob_B, drawn.top_BA, drawn.top_logprob_BA)
-        )
+        ids, scores = jax.device_get((drawn.token_B, drawn.scores))
         for row, generation in enumerate(generations):
             if generation is not None:
-                count = generation.request.alternatives
-                top = tuple(zip(tops[row, :count].tolist(), top_logprobs[row, :count].tolist()))
-                generation.add(Token(int(ids[row]), float(logprobs[row]), top))
+                generation.add(_token(row, generation.request.logprobs, ids, scores))
         self._release()
 
     def _release(self) -> None:
@@ -216,10 +212,17 @@ class Engine:
         self._rows = self._programs.resize(self._rows, np.array(places, np.int32), slots=slots)
         self._running = [None if place < 0 else self._running[place] for place in places]
 
-    @staticmethod
-    def _alternatives(generations: list[Generation]) -> int:
-        """0 or the most: one program more, not five."""
-        return MOST_ALTERNATIVES if any(each.request.alternatives for each in generations) else 0
+    def _top(self, generations: Sequence[Generation]) -> int | None:
+        """All alternatives or none: one program more, not six."""
+        wanted = any(generation.request.logprobs is not None for generation in generations)
+        return min(MOST_ALTERNATIVES, self.config.vocab_size) if wanted else None
+
+
+def _token(row: int, logprobs: int | None, ids: np.ndarray, scores: Any) -> Token:
+    if logprobs is None:
+        return Token(int(ids[row]))
+    top = zip(scores.top_BA[row, :logprobs].tolist(), scores.top_logprob_BA[row, :logprobs].tolist())
+    return Token(int(ids[row]), float(scores.logprob_B[row]), tuple(top))
 
 
 def _settings(generations: list[Generation | None]) -> Settings:

@@ -28,7 +28,7 @@ def generate(
     max_prompt_tokens: int | None = None,
     truncate: bool = False,
     prompt_ids: Sequence[int] | None = None,
-    form: Form | str = Form.AUTO,
+    form: Form | str = Form.FLOAT,
     runtime: Runtime | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Matrices in the forms that decode steps read fastest: columns in tiles, float or int8."""
+"""Matrices in the forms that decode steps read: several side by side as one, float or int8."""
 
 import math
 from typing import Any
@@ -9,43 +9,55 @@ import jax.numpy as jnp
 
 from kwaicoder_jax.models import StoredMatrix
 
-TILE = 64  # columns; half and twice as many are slower on CPU (AVX-512), whatever the dtype
-FEW_ROWS = 32  # up to so many rows of x, a product reads the tiles as they lie
+
+@flax.struct.dataclass
+class FloatMatrix:
+    """[J, F]; what is declared as several matrices of one input may stand side by side."""
+
+    matrix_JF: jax.Array
+
+    def multiply(self, x_MJ: jax.Array) -> jax.Array:
+        """x times the matrix, [M, F] float32."""
+        return _product(x_MJ, self.matrix_JF, jnp.float32)
 
 
 @flax.struct.dataclass
-class TiledMatrix(StoredMatrix):
-    """A matrix [J, F] as I tiles of n columns, so that one product reads one piece of memory from end to end.
-
-    XLA on CPU (YNNPACK) does not pack the weights of a product with few rows, and reads them a block of columns at a
-    time: in the declared layout each row of a block lies in a page of its own.
-    """
-
-    tiles_IJn: jax.Array
-    outer: tuple[int, ...] = flax.struct.field(pytree_node=False)
-
-    def multiply(self, x_MJ: jax.Array, dtype: Any) -> jax.Array:
-        """See StoredMatrix."""
-        return _product(x_MJ, self.tiles_IJn, jnp.float32)[:, : math.prod(self.outer)].astype(dtype)
-
-
-@flax.struct.dataclass
-class Int8Matrix(StoredMatrix):
+class Int8Matrix:
     """w[j, f] ~ scale[f] * q[j, f], q in int8: symmetric, one scale per column. x is quantised too, a scale per row.
 
     So the products are of int8 on both sides, summed exactly in int32 (the vector-wise quantisation of Dettmers et al.
     2022, arXiv 2208.07339, section 3.1).
     """
 
-    tiles_IJn: jax.Array
+    matrix_JF: jax.Array
     scale_F: jax.Array
+
+    def multiply(self, x_MJ: jax.Array) -> jax.Array:
+        """As FloatMatrix.multiply."""
+        q_MJ, scale_M1 = quantise(x_MJ, axis=1)
+        return _product(q_MJ, self.matrix_JF, jnp.int32).astype(jnp.float32) * scale_M1 * self.scale_F[None]
+
+
+Matrix = FloatMatrix | Int8Matrix
+
+
+@flax.struct.dataclass
+class Columns(StoredMatrix):
+    """A declared weight as some columns of a matrix; XLA computes a product once for all that share it.
+
+    Attributes:
+      matrix: the whole.
+      start: first of the columns.
+      outer: the declared axes that they stand for.
+    """
+
+    matrix: Matrix
+    start: int = flax.struct.field(pytree_node=False)
     outer: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
     def multiply(self, x_MJ: jax.Array, dtype: Any) -> jax.Array:
         """See StoredMatrix."""
-        q_MJ, scale_M1 = quantise(x_MJ, axis=1)
-        sums_MF = _product(q_MJ, self.tiles_IJn, jnp.int32)[:, : math.prod(self.outer)]
-        return (sums_MF.astype(jnp.float32) * scale_M1 * self.scale_F[None]).astype(dtype)
+        return self.matrix.multiply(x_MJ)[:, self.start : self.start + math.prod(self.outer)].astype(dtype)
 
 
 def quantise(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -58,36 +70,16 @@ def quantise(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     return jnp.round(x32 / scale).astype(jnp.int8), scale
 
 
-def tiled(weight: jax.Array, inner: int, tile: int = TILE) -> TiledMatrix:
-    """A float weight of which a product contracts the first `inner` axes."""
-    return TiledMatrix(_tiles(_matrix(weight, inner), tile), weight.shape[inner:])
+def int8(matrix_JF: jax.Array) -> Int8Matrix:
+    """A matrix, quantised."""
+    q_JF, scale_1F = quantise(matrix_JF, axis=0)
+    return Int8Matrix(q_JF, scale_1F[0])
 
 
-def int8(weight: jax.Array, inner: int, tile: int = TILE) -> Int8Matrix:
-    """The same, quantised."""
-    q_JF, scale_1F = quantise(_matrix(weight, inner), axis=0)
-    return Int8Matrix(_tiles(q_JF, tile), scale_1F[0], weight.shape[inner:])
-
-
-def _matrix(weight: jax.Array, inner: int) -> jax.Array:
-    return weight.reshape(math.prod(weight.shape[:inner]), -1)
-
-
-def _tiles(matrix_JF: jax.Array, tile: int) -> jax.Array:
-    """[I, J, n]; zeros fill up the last tile."""
-    depth, width = matrix_JF.shape
-    padded_JF = jnp.pad(matrix_JF, ((0, 0), (0, -width % tile)))
-    return padded_JF.reshape(depth, -1, tile).swapaxes(0, 1)
-
-
-def _product(x_MJ: jax.Array, tiles_IJn: jax.Array, sums: Any) -> jax.Array:
-    """x times all tiles, [M, I * n] in the dtype `sums`."""
-    rows, (count, depth, _) = x_MJ.shape[0], tiles_IJn.shape
-    if rows > FEW_ROWS:
-        matrix_JF = tiles_IJn.swapaxes(0, 1).reshape(depth, -1)
-        return jax.lax.dot(x_MJ, matrix_JF, preferred_element_type=sums)
-    # A row of zeros beside a single one: a product with a vector would go to code that knows neither bf16 nor int8.
-    x_MJ = jnp.pad(x_MJ, ((0, max(0, 2 - rows)), (0, 0)))
-    x_IMJ = jnp.broadcast_to(x_MJ[None], (count, *x_MJ.shape))
-    y_IMn = jax.lax.dot_general(x_IMJ, tiles_IJn, (((2,), (1,)), ((0,), (0,))), preferred_element_type=sums)
-    return y_IMn[:, :rows].swapaxes(0, 1).reshape(rows, -1)
+def _product(x_MJ: jax.Array, matrix_JF: jax.Array, sums: Any) -> jax.Array:
+    rows = x_MJ.shape[0]
+    if rows == 1 and x_MJ.dtype != jnp.float32:
+        # A row of zeros beside a single one: XLA on CPU gives a product with a vector to code that knows float32 alone,
+        # and converts the whole matrix for it.
+        x_MJ = jnp.pad(x_MJ, ((0, 1), (0, 0)))
+    return jax.lax.dot(x_MJ, matrix_JF, preferred_element_type=sums)[:rows]

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kwaicoder_jax.inference import decoding
-from kwaicoder_jax.inference.cache import LayerCaches
+from kwaicoder_jax.inference.cache import LayerCaches, storage_dtype
 from kwaicoder_jax.inference.decoding import Prefix, Rows
 from kwaicoder_jax.models import ModelConfig, Runtime
 
@@ -73,13 +73,14 @@ class Programs:
 
 
 @functools.lru_cache(maxsize=16)
-def programs(config: ModelConfig, runtime: Runtime, placement: Placement | None) -> Programs:
+def programs(config: ModelConfig, runtime: Runtime, placement: Placement | None, platform: str) -> Programs:
     """The programs of one model; engines that come and go (one for each benchmark, say) compile nothing anew.
 
     Args:
       config: the model.
       runtime: how to compute it; layers are unrolled whatever it says.
       placement: on a mesh, or None for one device.
+      platform: that the weights are on.
     """
     runtime = dataclasses.replace(runtime, scan_unroll=0)
     prefix = rows = everywhere = None
@@ -88,13 +89,14 @@ def programs(config: ModelConfig, runtime: Runtime, placement: Placement | None)
         prefix, rows, everywhere = placement.prefix(heads), placement.rows(heads), placement.everywhere()
     drawn = None if everywhere is None else (rows, everywhere)
     model: dict[str, Any] = {"config": config, "runtime": runtime}
+    new: dict[str, Any] = {"config": config, "cache_dtype": storage_dtype(config, platform)}
     return Programs(
         empty_prefix=jax.jit(
-            functools.partial(decoding.empty_prefix, config), static_argnames="slots", out_shardings=prefix
+            functools.partial(decoding.empty_prefix, **new), static_argnames="slots", out_shardings=prefix
         ),
         prefill=jax.jit(functools.partial(decoding.prefill, **model), donate_argnames="prefix", out_shardings=prefix),
         empty_rows=jax.jit(
-            functools.partial(decoding.empty_rows, config), static_argnames=("rows", "slots"), out_shardings=rows
+            functools.partial(decoding.empty_rows, **new), static_argnames=("rows", "slots"), out_shardings=rows
         ),
         join=jax.jit(decoding.join, static_argnames="top", donate_argnames="rows", out_shardings=drawn),
         leave=jax.jit(decoding.leave, donate_argnames="rows", out_shardings=rows),

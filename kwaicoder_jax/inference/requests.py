@@ -17,12 +17,12 @@ class Token:
 
     Attributes:
       id: of the token.
-      logprob: log probability in nats under the model, before temperature, top-k and top-p.
+      logprob: log probability in nats under the model, before temperature, top-k and top-p, if it was asked for.
       top: the most probable tokens and their log probabilities, as many as the request asked for.
     """
 
     id: int
-    logprob: float
+    logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
 
 
@@ -39,7 +39,7 @@ class Request:
       stop_tokens: generation ends when one of these is drawn; it is left out.
       seed: token p of a row is drawn with randomness from (seed, sample, p) and nothing else.
       sample: tells apart the samples that share a seed.
-      alternatives: how many of the most probable tokens to report with each drawn one.
+      logprobs: report log probabilities, and so many of the most probable tokens beside the drawn one; None for neither.
       on_token: called with each token (not with a stop token) as it is drawn; True ends the generation ("stop").
       on_end: called once, when the generation ended.
     """
@@ -52,7 +52,7 @@ class Request:
     stop_tokens: frozenset[int] = frozenset()
     seed: int = 0
     sample: int = 0
-    alternatives: int = 0
+    logprobs: int | None = None
     on_token: Callable[["Token"], bool | None] | None = dataclasses.field(default=None, compare=False)
     on_end: Callable[["Generation"], None] | None = dataclasses.field(default=None, compare=False)
 
@@ -65,7 +65,7 @@ class Request:
             ("top_p", self.top_p, 1e-9, 1.0, "more than 0, at most 1"),
             ("seed", self.seed, -(2**31), 2**31 - 1, "a 32-bit integer"),
             ("sample", self.sample, 0, 2**32 - 1, "a 32-bit integer, 0 or more"),
-            ("alternatives", self.alternatives, 0, MOST_ALTERNATIVES, f"0 to {MOST_ALTERNATIVES}"),
+            ("logprobs", self.logprobs or 0, 0, MOST_ALTERNATIVES, f"0 to {MOST_ALTERNATIVES}"),
         ):
             if not low <= value <= high:  # NaN too
                 raise UserError(f"{value} is out of range", where=name, remedy=f"use {right}")

@@ -82,7 +82,7 @@ class Attention(nn.Module):
             q_BTHN,
             k_BSKN,
             v_BSKN,
-            same_sequence=layer_cache is None,
+            same_sequence=k_BSKN.shape[1] == x_BTD.shape[1],
             backend=self.runtime.attention,
             **tokens.masks(),
         )
@@ -111,13 +111,15 @@ def updated(layer_cache: LayerCache, new: LayerCache, tokens: Tokens) -> tuple[L
     """Writes this call's keys and values, [B, T, K, N], at `tokens.index`.
 
     Returns:
-      The cache, and all of it seen as [B, S, K, N].
+      The cache, and all of it seen as [B, S, K, N]; that is `new` itself where it fills all slots.
     """
     assert tokens.index is not None
     new_BKTN = tuple(x_BTKN.swapaxes(1, 2).astype(old.dtype) for old, x_BTKN in zip(layer_cache, new, strict=True))
     key_BKSN, value_BKSN = jax.lax.platform_dependent(
         layer_cache, new_BKTN, tokens.index, cpu=_written_in_a_loop, default=_written
     )
+    if new[0].shape[1] == key_BKSN.shape[2]:
+        return (key_BKSN, value_BKSN), new
     return (key_BKSN, value_BKSN), (key_BKSN.swapaxes(1, 2), value_BKSN.swapaxes(1, 2))
 
 

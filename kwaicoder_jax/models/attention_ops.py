@@ -94,11 +94,11 @@ def _reference(scale: float, q_BTKGN: jax.Array, k_BSKN: jax.Array, v_BSKN: jax.
 def _by_rows(scale: float, q_BKTGN: jax.Array, k_BKSN: jax.Array, v_BKSN: jax.Array, masks: _Masks) -> jax.Array:
     """The queries of a KV group as rows of one matrix, against all keys: few queries and a long cache.
 
-    Keys come first in their product and last in the other, as they lie: einsum would choose an order that transposes a
-    cache in every step.
+    Keys come first in their product and values last in theirs, as they lie: einsum would choose an order that transposes
+    a cache in every step. A cache may have a dtype of its own.
     """
     batch, groups, time, shared, width = q_BKTGN.shape
-    q_BKRN = q_BKTGN.reshape(batch, groups, time * shared, width)
+    q_BKRN = q_BKTGN.reshape(batch, groups, time * shared, width).astype(k_BKSN.dtype)
     heads = ((0, 1), (0, 1))
     scores_BKSR = jax.lax.dot_general(k_BKSN, q_BKRN, (((3,), (3,)), heads), preferred_element_type=jnp.float32)
     scores_BKTGS = scores_BKSR.swapaxes(2, 3).reshape(batch, groups, time, shared, -1)

@@ -55,7 +55,8 @@ class LatentAttention(nn.Module):
             rope_BSHP = jnp.broadcast_to(rope_BS1P, (*k_BSHU.shape[:3], m.rope_dim))
             mixed_BTHW = dot_product_attention(
                 jnp.concatenate([q_BTHU, q_BTHP], axis=-1), jnp.concatenate([k_BSHU, rope_BSHP], axis=-1), v_BSHW,
-                same_sequence=layer_cache is None, scale=scale, backend=self.runtime.attention, **tokens.masks(),
+                same_sequence=k_BSHU.shape[1] == x_BTD.shape[1], scale=scale, backend=self.runtime.attention,
+                **tokens.masks(),
             )  # fmt: skip
         return write(self, c, mixed_BTHW, out_HWD, tokens), layer_cache
 
