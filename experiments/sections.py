@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.fields import Count, Natural, Positive, Seed, Share
+from experiments.fields import Count, Natural, NotNegative, Positive, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,3 +185,28 @@ class ExportHf:
     dtype: str = "stored"
     max_shard_bytes: Count = 5_000_000_000
     max_length: Count | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading:
+    """What generate and serve share; their flags have the same names, but for --checkpoint, which is init_from."""
+
+    init_from: str | None = None
+    tokenizer: str | None = None
+    form: str = "float"
+    dtype: str | None = None
+    begin: str = "auto"
+    fim_order: str = "psm"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Loading, Drawing):
+    """generate."""
+
+    max_new_tokens: Count = 128
+    temperature: NotNegative = 0.0
+    top_p: Share = 1.0
+    top_k: Natural = 0
+    num_samples: Count = 1
+    stop: Sequence[str] = ()
+    max_rows: Count = 16

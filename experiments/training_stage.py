@@ -93,10 +93,15 @@ def read_model(context: Context, role: str, mesh: Any) -> tuple[Any, models.Mode
         params = checkpoints.read_params(place, training.abstract_params(config, mesh))
     except UserError as error:
         raise UserError(error.what, where=where, remedy=error.remedy) from error
+    check_finite(params, place, where)
+    return params, config, meta
+
+
+def check_finite(params: Any, place: Any, where: str) -> None:
+    """Refuses parameters of a run that diverged."""
     if not bool(_all_finite(params)):
         what = f"{place} holds numbers that are not finite"
         raise UserError(what, where=where, remedy="it diverged or is damaged: look at its losses, run its stage again")
-    return params, config, meta
 
 
 @jax.jit

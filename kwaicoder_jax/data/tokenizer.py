@@ -94,6 +94,21 @@ class Tokenizer:
     fim_suffix = functools.cached_property(lambda self: self._special("fim_suffix"))
     fim_middle = functools.cached_property(lambda self: self._special("fim_middle"))
 
+    def special_id(self, spelling: str) -> int | None:
+        """Returns the id of a token that was added to the vocabulary beside the text's own; None where there is none."""
+        found = self._backend.token_to_id(spelling)
+        return found if found in self._backend.get_added_tokens_decoder() else None
+
+    def spelling(self, token: int) -> str | None:
+        """Returns how the vocabulary spells a token; None outside of it."""
+        return self._backend.id_to_token(token) if token >= 0 else None
+
+    def begin(self) -> tuple[int, ...]:
+        """Returns the special tokens that the tokenizer's own template puts before a text (Llama's BOS), if any."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        marks = encoding.special_tokens_mask
+        return tuple(encoding.ids[: marks.index(0) if 0 in marks else len(marks)])
+
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without any special token."""
         return self.encode_batch([text])[0]

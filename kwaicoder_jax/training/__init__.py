@@ -9,6 +9,7 @@ from kwaicoder_jax.training.losses import (
     run_model,
 )
 from kwaicoder_jax.training.mesh import (
+    BATCH_AXES,
     MeshConfig,
     abstract_params,
     batch_sharding,
@@ -25,6 +26,7 @@ from kwaicoder_jax.training.state import TrainState, abstract_state, make_state,
 from kwaicoder_jax.training.step import HeldOutLoss, make_step
 
 __all__ = [
+    "BATCH_AXES",
     "TIME_KEYS",
     "BalanceConfig",
     "Diverged",
