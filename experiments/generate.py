@@ -66,8 +66,8 @@ def main() -> None:
         config = command.tool_config(NAME, holder.value, DEFAULTS, given)
         display.stage(NAME)
         fields.check(fields.of_class(sections.Generate), config[NAME], NAME)
-        asked = ("prompt", "prefix", "suffix", "file", "cursor")
-        prompts = read_prompts(**{name: flags.FLAGS[name].value for name in asked})
+        named = flags.FLAGS
+        prompts = read_prompts(named.prompt, named.prefix, named.suffix, named.file, named.cursor)
         loaded = loading.load(config, NAME, command.tool_workdir())
         stream = sys.stdout.isatty() if flags.FLAGS.stream is None else flags.FLAGS.stream
         count = len(prompts) * config[NAME]["num_samples"]
@@ -88,7 +88,11 @@ def _name_stdin(argv: list[str]) -> None:
 
 
 def read_prompts(
-    *, prompt: Sequence[str] | None, prefix: str | None, suffix: str | None, file: str | None, cursor: str = CURSOR
+    prompt: Sequence[str] | None = None,
+    prefix: str | None = None,
+    suffix: str | None = None,
+    file: str | None = None,
+    cursor: str = CURSOR,
 ) -> list[Prompt]:
     """What the flags ask for; UserError if they contradict each other or name what cannot be read."""
     kinds = {
