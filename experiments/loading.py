@@ -101,7 +101,7 @@ def load(config: Mapping[str, Any], name: str, workdir: Any = None) -> Loaded:
     placement = None if mesh is None else inference.Placement(mesh, training.BATCH_AXES, "tensor")
     return Loaded(
         place.name, shape, inference.prepare(params, shape, section["form"]), tokenizer,
-        _begin(tokenizer, section["begin"], begins, f"{name}.begin"), data.stop_tokens(tokenizer) | frozenset(ends),
+        _begin(tokenizer, section["begin"], begins, f"{name}.begin (--begin)"), data.stop_tokens(tokenizer) | frozenset(ends),
         section["fim_order"], runtime, placement,
     )  # fmt: skip
 
