@@ -5,15 +5,19 @@ from kwaicoder_jax.inference.generation import generate
 from kwaicoder_jax.inference.programs import Placement
 from kwaicoder_jax.inference.requests import Generation, Request, Token
 from kwaicoder_jax.inference.sampling import Settings, choose_tokens, highest, nucleus, row_keys
+from kwaicoder_jax.inference.text import Detokenizer, StopStrings, TextStream
 from kwaicoder_jax.inference.weights import Form, Weights, prepare
 
 __all__ = [
+    "Detokenizer",
     "Engine",
     "Form",
     "Generation",
     "Placement",
     "Request",
     "Settings",
+    "StopStrings",
+    "TextStream",
     "Token",
     "Weights",
     "choose_tokens",
