@@ -19,6 +19,7 @@ class Runner:
         dtype, _, attention = variant.partition("/")
         torch.set_num_threads(threads)
         torch.manual_seed(0)
+        attends: dict[str, Any] = {"attn_implementation": attention or "sdpa"}
         config = LlamaConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.model_dim,
@@ -30,7 +31,7 @@ class Runner:
             max_position_embeddings=8192,
             tie_word_embeddings=True,
             rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-            attn_implementation=attention or "sdpa",
+            **attends,
         )
         self._shape, self._torch = shape, torch
         self._model: Any = LlamaForCausalLM(config).eval().to(getattr(torch, dtype))

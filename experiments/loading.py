@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from experiments.export_hf import find_tokenizer
-from experiments.training_stage import build, check_finite
+from experiments.training_stage import build, check_finite, placement_of
 from kwaicoder_jax import checkpoints, data, huggingface, inference, models, training
 from kwaicoder_jax.errors import UserError
 
@@ -98,7 +98,7 @@ def load(config: Mapping[str, Any], name: str, workdir: Any = None) -> Loaded:
     opened = _open_foreign(place, section, mesh) if _is_foreign(place) else _open_own(place, section, mesh)
     shape, params, tokenizer, ends, begins = opened
     tokenizer = data.with_known_specials(tokenizer, next(iter(ends), None))
-    placement = None if mesh is None else inference.Placement(mesh, training.BATCH_AXES, "tensor")
+    placement = None if mesh is None else placement_of(mesh)
     return Loaded(
         place.name, shape, inference.prepare(params, shape, section["form"]), tokenizer,
         _begin(tokenizer, section["begin"], begins, f"{name}.begin (--begin)"), data.stop_tokens(tokenizer) | frozenset(ends),

@@ -12,7 +12,7 @@ import numpy as np
 from experiments import fields
 from experiments.contract import Context, Section
 from experiments.stopping import Stopped
-from kwaicoder_jax import checkpoints, data, files, models, training
+from kwaicoder_jax import checkpoints, data, files, inference, models, training
 from kwaicoder_jax.errors import UserError
 
 
@@ -39,6 +39,13 @@ def mesh_of(context: Context) -> Any:
 def runtime_of(context: Context) -> models.Runtime:
     """How the recipe computes its models."""
     return build(models.Runtime, context.config.get("runtime", {}), "runtime")
+
+
+def placement_of(mesh: Any) -> inference.Placement | None:
+    """Where an engine's rows and caches lie beside weights on `mesh`: rows as a batch is, heads as the model's are."""
+    if mesh.size == 1:
+        return None
+    return inference.Placement(mesh, training.BATCH_AXES, training.RULES["kv_heads"])
 
 
 def corpus_of(context: Context) -> data.Corpus:

@@ -124,8 +124,11 @@ class Engine:
         return True
 
     def _drop_cancelled(self) -> None:
-        for generation in [each for each in self._waiting if each.is_cancelled]:
-            self._waiting.remove(generation)
+        cancelled = [each for each in self._waiting if each.is_cancelled]
+        if cancelled:
+            gone = set(map(id, cancelled))  # another thread may cancel more of them at any moment
+            self._waiting = collections.deque(each for each in self._waiting if id(each) not in gone)
+        for generation in cancelled:
             generation.end("cancelled")
         cancelled = [generation for generation in self.running if generation.is_cancelled]
         for generation in cancelled:

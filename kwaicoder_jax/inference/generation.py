@@ -7,6 +7,7 @@ import numpy as np
 
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.inference.engine import Engine
+from kwaicoder_jax.inference.programs import Placement
 from kwaicoder_jax.inference.requests import Request
 from kwaicoder_jax.inference.sizes import bucket
 from kwaicoder_jax.inference.weights import Form, prepare
@@ -30,6 +31,7 @@ def generate(
     prompt_ids: Sequence[int] | None = None,
     form: Form | str = Form.FLOAT,
     runtime: Runtime | None = None,
+    placement: Placement | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt.
@@ -54,6 +56,7 @@ def generate(
         the same samples from a part of a list.
       form: how weights are stored, see `weights.Form`.
       runtime: how to compute it.
+      placement: where `params` are on a mesh; None for one device.
       progress: called with (prompts done, prompts in all) after each step in which some ended.
 
     Returns:
@@ -77,6 +80,7 @@ def generate(
         max_tokens=max(map(len, accepted)) + max_new_tokens,
         fixed_rows=True,
         runtime=runtime,
+        placement=placement,
     )
     settings: dict[str, Any] = {
         "temperature": temperature,

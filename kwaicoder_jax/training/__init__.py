@@ -10,6 +10,7 @@ from kwaicoder_jax.training.losses import (
 )
 from kwaicoder_jax.training.mesh import (
     BATCH_AXES,
+    RULES,
     MeshConfig,
     abstract_params,
     batch_sharding,
@@ -27,6 +28,7 @@ from kwaicoder_jax.training.step import HeldOutLoss, make_step
 
 __all__ = [
     "BATCH_AXES",
+    "RULES",
     "TIME_KEYS",
     "BalanceConfig",
     "Diverged",

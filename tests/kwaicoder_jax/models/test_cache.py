@@ -87,8 +87,8 @@ def test_packed_documents_stay_apart_in_a_cache():
 
 def test_a_latent_cache_holds_the_latent_and_one_rotary_key():
     cache = models.empty_cache(CONFIGS["deepseek_v3"], batch=4, slots=9)
-    assert cache.key_LBSKN.shape == (4, 4, 9, 1, 6)
-    assert cache.value_LBSKN.shape == (4, 4, 9, 1, 9)
+    assert cache.key_LBKSN.shape == (4, 4, 1, 9, 6)
+    assert cache.value_LBKSN.shape == (4, 4, 1, 9, 9)
 
 
 def test_empty_cache_shapes():
