@@ -73,7 +73,7 @@ def execute(
         work(stop, display)
     except Stopped:
         if not resumable:
-            sys.exit(130 if stop.number == signal.SIGINT else _flag("preempt_exit_code"))
+            sys.exit(stopped_status(stop))
         again = "the same command without --restart" if _restarts() else "the same command"
         display.line(f"stopped; {again} goes on from here")
         sys.exit(_flag("preempt_exit_code"))
@@ -83,6 +83,11 @@ def execute(
         if error.errno not in DISK_ERRORS:
             raise
         _fail(f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written")
+
+
+def stopped_status(stop: Stop) -> int:
+    """The exit status of a tool that was stopped and has nothing to go on with."""
+    return 130 if stop.number == signal.SIGINT else _flag("preempt_exit_code")
 
 
 def _restarts() -> bool:

@@ -109,6 +109,11 @@ class Service:
         self.close()
 
     @property
+    def is_closed(self) -> bool:
+        """Whether it takes nothing more, by request."""
+        return self._closed
+
+    @property
     def live(self) -> int:
         """Requests that run or wait."""
         return len(self._live)
