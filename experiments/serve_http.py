@@ -29,7 +29,7 @@ class HttpServer(uvicorn.Server):
                 lifespan="off",
                 loop="asyncio",
                 timeout_graceful_shutdown=math.ceil(grace_seconds + LAST_WORDS),
-            )  # fmt: skip
+            )
         )
         self._service, self._grace = service, grace_seconds
 
