@@ -34,10 +34,14 @@ def loaded(stage):
     return loading.load({"seed": 0, "generate": {**generate.DEFAULTS, "init_from": str(stage)}}, "generate")
 
 
+def make_engine(loaded):
+    return loaded.engine(max_rows=ROWS, max_tokens=MOST_TOKENS, fixed_rows=True)  # so that little is compiled
+
+
 @contextlib.contextmanager
 def serving(loaded, *, most=ROWS + QUEUE, engine=None, grace=10.0):
     """A server in a thread; yields its address and its service."""
-    service = inference.Service(engine or loaded.engine(max_rows=ROWS, max_tokens=MOST_TOKENS), most=most)
+    service = inference.Service(engine or make_engine(loaded), most=most)
     service.start()
     app = serve_http.App(loaded, service, model="tiny", max_body_bytes=MOST_BYTES)
     listener = serve._listen("127.0.0.1", 0)
@@ -85,7 +89,8 @@ def expected(stage):
 
     def texts(prompts, **options):
         options = {"max_new_tokens": NEW, "stop_tokens": (0, 1, 2, 3, 4), **options}
-        return [tokenizer.decode(ids) for ids in inference.generate(params, config, prompts, **options)]
+        rows = [*prompts, *[prompts[0]] * (ROWS - len(prompts))]  # the programs of the server
+        return [tokenizer.decode(ids) for ids in inference.generate(params, config, rows, **options)][: len(prompts)]
 
     return texts
 
@@ -188,7 +193,7 @@ def test_stop_strings_and_echo(client):
 def test_log_probabilities(client, loaded):
     answer = complete(client, "def f(", logprobs=2).choices[0]
     scores, ids = answer.logprobs, []
-    engine = loaded.engine(max_rows=1, max_tokens=64)
+    engine = make_engine(loaded)
     generation = engine.submit(inference.Request(loaded.prompt("def f("), NEW, logprobs=2))
     engine.run()
     ids = generation.ids
@@ -304,7 +309,7 @@ def test_a_full_queue_is_429(loaded):
 
 
 def test_a_failed_engine_is_503(loaded):
-    engine, count = loaded.engine(max_rows=ROWS, max_tokens=MOST_TOKENS), 0
+    engine, count = make_engine(loaded), 0
     step = engine.step
 
     def failing():
