@@ -104,5 +104,5 @@ def programs(config: ModelConfig, runtime: Runtime, placement: Placement | None,
             functools.partial(decoding.decode, **model),
             static_argnames="top", donate_argnames="rows", out_shardings=drawn,
         ),
-        resize=jax.jit(decoding.resize, static_argnames="slots", donate_argnames="rows", out_shardings=rows),
+        resize=jax.jit(decoding.resize, static_argnames="slots", out_shardings=rows),
     )  # fmt: skip
