@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from kwaicoder_jax import models
+from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.inference.decoding import Drawn, Prefix, Rows
 from kwaicoder_jax.inference.programs import Placement, programs
 from kwaicoder_jax.inference.requests import MOST_ALTERNATIVES, Generation, Request, Token
@@ -60,7 +62,18 @@ class Engine:
           prefixes: how many prompts that were run are kept, to be shared by later requests.
           runtime: how to compute it.
           placement: on a mesh; None for one device.
+
+        Raises:
+          UserError: a size with which nothing can be served.
         """
+        for name, value, least in (
+            ("max_rows", max_rows, 1),
+            ("max_tokens", max_tokens, 2),
+            ("ahead", ahead, 1),
+            ("prefixes", prefixes, 0),
+        ):
+            if value < least:
+                raise UserError(f"{value} is too small", where=name, remedy=f"use {least} or more")
         self.weights, self.config, self.max_tokens = weights, config, max_tokens
         self._programs = programs(config, runtime or Runtime(), placement, weights.platform)
         self._sizes = Sizes(max_rows, max_tokens, ahead, fixed_rows, 1 if placement is None else placement.row_shares)
@@ -138,9 +151,11 @@ class Engine:
     def _admit(self) -> None:
         """Runs prompts, up to so many tokens while other rows wait, and gives them rows."""
         budget = PREFILL_CHUNK
-        while self._waiting and len(self.running) < self._sizes.max_rows and budget > 0:
+        while self._waiting and len(self.running) < self._sizes.max_rows:
             prompt = self._waiting[0].request.prompt
             if prompt not in self._kept:
+                if budget <= 0:
+                    break
                 budget -= self._prefill(prompt)
                 continue
             joining: list[Generation] = []
@@ -153,7 +168,8 @@ class Engine:
     def _prefill(self, prompt: tuple[int, ...]) -> int:
         """Runs the next chunk of a prompt; returns its tokens."""
         slots = self._sizes.prompt_slots(len(prompt))
-        chunk = min(slots, PREFILL_CHUNK)
+        # Frequencies that depend on a document's length want all of it at once.
+        chunk = slots if models.is_dynamic(self.config) else min(slots, PREFILL_CHUNK)
         if self._begun is None or self._begun[0] != prompt:
             prefix = self._programs.empty_prefix(slots=slots, length=np.int32(len(prompt)))
             self._begun = (prompt, prefix, 0)

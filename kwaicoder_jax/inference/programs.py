@@ -14,6 +14,10 @@ from kwaicoder_jax.inference.cache import LayerCaches, storage_dtype
 from kwaicoder_jax.inference.decoding import Prefix, Rows
 from kwaicoder_jax.models import ModelConfig, Runtime
 
+# By platform. TPU: an array is brought on chip only where all of it is read there. Otherwise XLA brings a cache on chip to
+# write one slot into it, and moves all of it back: a copy of the whole cache in every step.
+OPTIONS = {"tpu": {"xla_tpu_msa_inefficient_use_to_copy_ratio": "1.0"}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -102,7 +106,7 @@ def programs(config: ModelConfig, runtime: Runtime, placement: Placement | None,
         leave=jax.jit(decoding.leave, donate_argnames="rows", out_shardings=rows),
         decode=jax.jit(
             functools.partial(decoding.decode, **model),
-            static_argnames="top", donate_argnames="rows", out_shardings=drawn,
+            static_argnames="top", donate_argnames="rows", out_shardings=drawn, compiler_options=OPTIONS.get(platform),
         ),
-        resize=jax.jit(decoding.resize, static_argnames="slots", donate_argnames="rows", out_shardings=rows),
+        resize=jax.jit(decoding.resize, static_argnames="slots", out_shardings=rows),
     )  # fmt: skip
