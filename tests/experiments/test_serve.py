@@ -101,7 +101,7 @@ def complete(client, prompt, **fields):
     )
 
 
-def until(condition, seconds=20.0):
+def until(condition, seconds=300.0):
     limit = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < limit, "it does not come"
