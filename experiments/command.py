@@ -1,11 +1,13 @@
 """From a command line to a stage: flags, one-line errors, exit statuses.
 
 Exit status: 0 done, or stopped by a signal with everything saved (`--preempt_exit_code` chooses another);
-2 bad input, in one line; 1 a defect of this program, with its traceback.
+2 bad input, in one line; 130 a tool that answers on the terminal was interrupted (Ctrl-C); 1 a defect of this program,
+with its traceback.
 """
 
 import errno
 import importlib.util
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,12 +53,18 @@ def main(stage: Stage) -> None:
     )
 
 
-def execute(work: Callable[[Stop, Display], Any], required: tuple[str, ...] = ("config", "workdir")) -> None:
+def execute(
+    work: Callable[[Stop, Display], Any],
+    required: tuple[str, ...] = ("config", "workdir"),
+    *,
+    resumable: bool = True,
+) -> None:
     """Parses the flags, does `work`, and exits with the status that the module's docstring gives.
 
     Args:
       work: what the command does.
       required: the flags that it cannot do without.
+      resumable: the same command goes on where it was stopped; else it ends without a word, Ctrl-C with status 130.
     """
     stop, display = Stop(), Display()
     stop.install()
@@ -64,6 +72,8 @@ def execute(work: Callable[[Stop, Display], Any], required: tuple[str, ...] = ("
         parse(sys.argv, required)
         work(stop, display)
     except Stopped:
+        if not resumable:
+            sys.exit(stopped_status(stop))
         again = "the same command without --restart" if _restarts() else "the same command"
         display.line(f"stopped; {again} goes on from here")
         sys.exit(_flag("preempt_exit_code"))
@@ -73,6 +83,11 @@ def execute(work: Callable[[Stop, Display], Any], required: tuple[str, ...] = ("
         if error.errno not in DISK_ERRORS:
             raise
         _fail(f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written")
+
+
+def stopped_status(stop: Stop) -> int:
+    """The exit status of a tool that was stopped and has nothing to go on with."""
+    return 130 if stop.number == signal.SIGINT else _flag("preempt_exit_code")
 
 
 def _restarts() -> bool:
@@ -116,11 +131,23 @@ def tool_context(
       stop: as for any stage.
       display: as for any stage.
     """
+    values = tool_config(stage.name, config, defaults, given)
+    return Context(stage, values, tool_workdir(), display, stop)
+
+
+def tool_config(
+    name: str, config: ConfigDict | None, defaults: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The recipe with a tool's section filled in; see `tool_context`."""
     values = {"seed": 0, "stages": (), **(_lists(config.to_dict()) if config is not None else {})}
-    section = dict(defaults) | values.get(stage.name, {})
-    values[stage.name] = section | {name: value for name, value in given.items() if value is not None}
-    workdir = files.path(_flag("workdir")).absolute() if _flag("workdir") else None
-    return Context(stage, Section(values), workdir, display, stop)
+    section = dict(defaults) | values.get(name, {})
+    values[name] = section | {field: value for field, value in given.items() if value is not None}
+    return Section(values)
+
+
+def tool_workdir() -> Any:
+    """The work folder, or None."""
+    return files.path(_flag("workdir")).absolute() if _flag("workdir") else None
 
 
 def parse(argv: list[str], required: tuple[str, ...] = ("config", "workdir")) -> None:

@@ -12,7 +12,15 @@ from typing import Any
 from experiments import fields, sections
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
-from experiments.training_stage import check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, validation_of
+from experiments.training_stage import (
+    check_tokenizer,
+    corpus_of,
+    mesh_of,
+    placement_of,
+    read_model,
+    runtime_of,
+    validation_of,
+)
 from kwaicoder_jax import data, files, inference, training
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.evaluation import benchmarks, infilling
@@ -50,6 +58,7 @@ def run(context: Context) -> dict[str, Any]:
         "seed": context.seed,
         "stop_tokens": (corpus.tokenizer.end_of_text,),
         "runtime": runtime_of(context),
+        "placement": placement_of(mesh),
     }
     generate: Callable[..., list[list[int]]] = functools.partial(
         inference.generate, params, config, max_new_tokens=section["max_new_tokens"], **settings

@@ -37,6 +37,7 @@ class Range:
 
 Count = Annotated[int, Range(1)]
 Natural = Annotated[int, Range(0)]
+NotNegative = Annotated[float, Range(0)]
 Positive = Annotated[float, Range(0, open=True)]
 Share = Annotated[float, Range(0, 1, open=True)]
 Seed = Annotated[int, Range(0, 2**32 - 1)]  # what numpy and jax both tell apart

@@ -5,9 +5,9 @@ Only what no library function or dataclass says already: their fields are read o
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from experiments.fields import Count, Natural, Positive, Seed, Share
+from experiments.fields import Count, Natural, NotNegative, Positive, Range, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,3 +205,42 @@ class ExportHf:
     max_length: Count | None = None
     compare: bool = False
     prompts: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loading:
+    """What generate and serve share; their flags have the same names, but for --checkpoint, which is init_from."""
+
+    init_from: str | None = None
+    tokenizer: str | None = None
+    form: str = "float"
+    dtype: str | None = None
+    begin: str = "auto"
+    fim_order: str = "psm"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate(Loading, Drawing):
+    """generate."""
+
+    max_new_tokens: Count = 128
+    temperature: NotNegative = 0.0
+    top_p: Share = 1.0
+    top_k: Natural = 0
+    num_samples: Count = 1
+    stop: Sequence[str] = ()
+    max_rows: Count = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve(Loading):
+    """serve."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Range(0, 65535)] = 8000
+    model_name: str | None = None
+    max_rows: Count = 8
+    max_queue: Natural = 64
+    max_tokens: Annotated[int, Range(2)] = 4096
+    max_body_bytes: Count = 4_000_000
+    grace_seconds: NotNegative = 20.0

@@ -11,10 +11,16 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """Remembers that the process was asked to stop."""
+    """Remembers that the process was asked to stop.
+
+    Attributes:
+      requested: whether it was.
+      number: of the newest signal that asked; None before.
+    """
 
     def __init__(self):
         self.requested = False
+        self.number: int | None = None
         self._deferred = False
 
     def install(self) -> None:
@@ -24,7 +30,7 @@ class Stop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
-        again, self.requested = self.requested, True
+        again, self.requested, self.number = self.requested, True, number
         if not self._deferred or (again and number == signal.SIGINT):
             raise Stopped
 

@@ -12,7 +12,7 @@ import numpy as np
 from experiments import fields
 from experiments.contract import Context, Section
 from experiments.stopping import Stopped
-from kwaicoder_jax import checkpoints, data, files, models, training
+from kwaicoder_jax import checkpoints, data, files, inference, models, training
 from kwaicoder_jax.errors import UserError
 
 
@@ -39,6 +39,13 @@ def mesh_of(context: Context) -> Any:
 def runtime_of(context: Context) -> models.Runtime:
     """How the recipe computes its models."""
     return build(models.Runtime, context.config.get("runtime", {}), "runtime")
+
+
+def placement_of(mesh: Any) -> inference.Placement | None:
+    """Where an engine's rows and caches lie beside weights on `mesh`: rows as a batch is, heads as the model's are."""
+    if mesh.size == 1:
+        return None
+    return inference.Placement(mesh, training.BATCH_AXES, training.RULES["kv_heads"])
 
 
 def corpus_of(context: Context) -> data.Corpus:
@@ -93,10 +100,15 @@ def read_model(context: Context, role: str, mesh: Any) -> tuple[Any, models.Mode
         params = checkpoints.read_params(place, training.abstract_params(config, mesh))
     except UserError as error:
         raise UserError(error.what, where=where, remedy=error.remedy) from error
+    check_finite(params, place, where)
+    return params, config, meta
+
+
+def check_finite(params: Any, place: Any, where: str) -> None:
+    """Refuses parameters of a run that diverged."""
     if not bool(_all_finite(params)):
         what = f"{place} holds numbers that are not finite"
         raise UserError(what, where=where, remedy="it diverged or is damaged: look at its losses, run its stage again")
-    return params, config, meta
 
 
 @jax.jit

@@ -11,6 +11,7 @@ from kwaicoder_jax.data.loader import PhaseSpec, TrainingLoader, merge_states, p
 from kwaicoder_jax.data.packing import Batch
 from kwaicoder_jax.data.prepare import KINDS, prepare
 from kwaicoder_jax.data.sources import Document, Source
+from kwaicoder_jax.data.spellings import can_infill, stop_tokens, with_end
 from kwaicoder_jax.data.tokenizer import SpecialTokens, Tokenizer
 from kwaicoder_jax.data.validation import validation_batches
 
@@ -26,9 +27,12 @@ __all__ = [
     "SpecialTokens",
     "Tokenizer",
     "TrainingLoader",
+    "can_infill",
     "infilling_prompt",
     "merge_states",
     "prefetch",
     "prepare",
+    "stop_tokens",
     "validation_batches",
+    "with_end",
 ]

@@ -1,6 +1,5 @@
 """A byte-level BPE tokenizer: training it, and using one with the special tokens that this code base needs."""
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -11,44 +10,8 @@ from etils import epath
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from kwaicoder_jax.data.special_tokens import SpecialTokens, known
 from kwaicoder_jax.errors import UserError
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialTokens:
-    """The spelling of the special tokens; other model families spell them differently."""
-
-    end_of_text: str = "<|endoftext|>"
-    pad: str = "<|pad|>"
-    fim_prefix: str = "<|fim_prefix|>"
-    fim_suffix: str = "<|fim_suffix|>"
-    fim_middle: str = "<|fim_middle|>"
-
-    def strings(self) -> tuple[str, ...]:
-        """Returns all of them; their place here is their token id in tokenizers trained by `train`."""
-        return dataclasses.astuple(self)
-
-
-# How other families spell them, the first that a tokenizer has counts: Qwen, StarCoder, SantaCoder, CodeLlama, DeepSeek
-# (whose hole marks the suffix and whose end the middle), Llama 3, GLM. A model without a padding token pads with the end
-# token, which no loss sees there.
-_SPELLINGS: dict[str, tuple[str, ...]] = {
-    "end_of_text": ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<EOT>", "</s>"),
-    "pad": ("<|pad|>", "<|fim_pad|>", "<fim_pad>", "<pad>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>"),
-    "fim_prefix": ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "▁<PRE>", "<｜fim▁begin｜>", "<|code_prefix|>"),
-    "fim_suffix": ("<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>", "▁<SUF>", "<｜fim▁hole｜>", "<|code_suffix|>"),
-    "fim_middle": ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "▁<MID>", "<｜fim▁end｜>", "<|code_middle|>"),
-}  # fmt: skip
-
-
-def _known(backend: Backend) -> SpecialTokens:
-    """The special tokens of a tokenizer, by the spellings above; where it has none of them, the first."""
-    found = {
-        field: next((each for each in spellings if backend.token_to_id(each) is not None), None)
-        for field, spellings in _SPELLINGS.items()
-    }
-    found["pad"] = found["pad"] or found["end_of_text"]
-    return SpecialTokens(**{field: spelling for field, spelling in found.items() if spelling is not None})
 
 
 @functools.cache
@@ -79,7 +42,7 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.specials = specials or _known(self._backend)
+        self.specials = specials or known(self.special_id)
         self.hash = hashlib.sha256(serialized.encode()).hexdigest()
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
 
@@ -116,6 +79,21 @@ class Tokenizer:
     fim_prefix = functools.cached_property(lambda self: self._special("fim_prefix"))
     fim_suffix = functools.cached_property(lambda self: self._special("fim_suffix"))
     fim_middle = functools.cached_property(lambda self: self._special("fim_middle"))
+
+    def special_id(self, spelling: str) -> int | None:
+        """Returns the id of a token that was added to the vocabulary beside the text's own; None where there is none."""
+        found = self._backend.token_to_id(spelling)
+        return found if found in self._backend.get_added_tokens_decoder() else None
+
+    def spelling(self, token: int) -> str | None:
+        """Returns how the vocabulary spells a token; None outside of it."""
+        return self._backend.id_to_token(token) if token >= 0 else None
+
+    def begin(self) -> tuple[int, ...]:
+        """Returns the special tokens that the tokenizer's own template puts before a text (Llama's BOS), if any."""
+        encoding = self._backend.encode("a", add_special_tokens=True)
+        marks = encoding.special_tokens_mask
+        return tuple(encoding.ids[: marks.index(0) if 0 in marks else len(marks)])
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without any special token."""

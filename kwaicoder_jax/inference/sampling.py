@@ -1,21 +1,58 @@
-"""From logits to tokens: greedy, temperature and top-p, each row with its own settings and its own randomness.
+"""From logits to tokens: greedy, temperature, top-k and top-p, each row with its own settings and its own randomness.
 
 The settings are arrays, not constants of the compiled program: one program serves every temperature, and rows of one
 batch may differ.
 """
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 
-def row_keys(seed: jax.Array, ids_B: jax.Array, positions_B: jax.Array) -> jax.Array:
+@flax.struct.dataclass
+class Settings:
+    """How the tokens of each row are drawn.
+
+    Attributes:
+      seed_B: int32.
+      id_B: uint32; tells apart the samples of one seed.
+      temperature_B: logits are divided by it; 0 takes the most probable token, the lowest id among equals.
+      top_k_B: only so many of the most probable tokens can be drawn (ties by lower id); 0 for all.
+      top_p_B: of those, renormalised, only the tokens of `nucleus`; 1 for all.
+    """
+
+    seed_B: jax.Array
+    id_B: jax.Array
+    temperature_B: jax.Array
+    top_k_B: jax.Array
+    top_p_B: jax.Array
+
+
+def row_keys(seed_B: jax.Array, ids_B: jax.Array, positions_B: jax.Array) -> jax.Array:
     """One random key per row, [B], from (seed, the prompt's id, the position of the token to be drawn), nothing else.
 
     So a sample does not depend on which prompts share its batch, on their order, or on the batch's size.
     """
     fold = jax.vmap(jax.random.fold_in)
-    keys_B = jnp.broadcast_to(jax.random.key(seed)[None], ids_B.shape)
-    return fold(fold(keys_B, ids_B), positions_B)
+    return fold(fold(jax.vmap(jax.random.key)(seed_B), ids_B), positions_B)
+
+
+def highest(logits_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
+    """The mask [B, V] of the top_k highest logits, of equal ones those with lower ids; 0 or V and more keep all."""
+    bits_BV = jax.lax.bitcast_convert_type(jnp.where(logits_BV == 0.0, 0.0, logits_BV), jnp.int32)  # -0 equals 0
+    # As unsigned integers that order as the floats do: the sign bit set for positive ones, all bits flipped for others.
+    flip_BV = jnp.where(bits_BV < 0, jnp.uint32(0xFFFFFFFF), jnp.uint32(0x80000000))
+    order_BV = jax.lax.bitcast_convert_type(bits_BV, jnp.uint32) ^ flip_BV
+
+    def refine(step: jax.Array, border_B: jax.Array) -> jax.Array:
+        candidate_B = border_B | (jnp.uint32(1) << (31 - step).astype(jnp.uint32))
+        enough_B = jnp.sum(order_BV >= candidate_B[:, None], axis=-1) >= top_k_B
+        return jnp.where(enough_B, candidate_B, border_B)
+
+    border_B1 = jax.lax.fori_loop(0, 32, refine, jnp.zeros(top_k_B.shape, jnp.uint32))[:, None]
+    above_BV, equal_BV = order_BV > border_B1, order_BV == border_B1
+    left_B1 = top_k_B[:, None] - jnp.sum(above_BV, axis=-1, keepdims=True)
+    return above_BV | (equal_BV & (jnp.cumsum(equal_BV, axis=-1) <= left_B1)) | (top_k_B[:, None] <= 0)
 
 
 def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
@@ -43,28 +80,29 @@ def nucleus(logits_BV: jax.Array, top_p_B: jax.Array) -> jax.Array:
     return kept_BV | (top_p_B[:, None] >= 1.0)  # rounding of the sums must not drop the tail
 
 
-def choose_tokens(logits_BV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, top_p_B: jax.Array) -> jax.Array:
+def choose_tokens(logits_BV: jax.Array, positions_B: jax.Array, settings: Settings) -> jax.Array:
     """Draws one token per row, [B] int32.
 
     Args:
       logits_BV: float32.
-      keys_B: one random key per row, see `row_keys`.
-      temperature_B: logits are divided by it first; 0 takes the most probable token, the lowest id among equals.
-      top_p_B: only the tokens of `nucleus`, at that temperature, can be drawn.
+      positions_B: of the tokens to be drawn, see `row_keys`.
+      settings: of the rows.
     """
 
     def sample() -> jax.Array:
-        scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, temperature_B)[:, None]
-        masked_BV = jax.lax.cond(
-            jnp.any(~greedy_B & (top_p_B < 1.0)),
-            lambda: jnp.where(nucleus(scaled_BV, top_p_B), scaled_BV, -jnp.inf),
-            lambda: scaled_BV,
-        )
-        return _inverse_cdf(masked_BV, keys_B)
+        scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, settings.temperature_B)[:, None]
+        for limits_B, limit, mask in ((top_k_B > 0, top_k_B, highest), (top_p_B < 1.0, top_p_B, nucleus)):
+            scaled_BV = jax.lax.cond(
+                jnp.any(~greedy_B & limits_B),
+                lambda x_BV, limit=limit, mask=mask: jnp.where(mask(x_BV, limit), x_BV, -jnp.inf),
+                lambda x_BV: x_BV,
+                scaled_BV,
+            )
+        return _inverse_cdf(scaled_BV, row_keys(settings.seed_B, settings.id_B, positions_B))
 
-    greedy_B = temperature_B <= 0.0
+    greedy_B, top_k_B, top_p_B = settings.temperature_B <= 0.0, settings.top_k_B, settings.top_p_B
     best_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    # Greedy batches (evaluation) skip the sort and the sums.
+    # Greedy batches (evaluation) skip the searches and the sums.
     return jax.lax.cond(jnp.all(greedy_B), lambda: best_B, lambda: jnp.where(greedy_B, best_B, sample()))
 
 

@@ -20,7 +20,9 @@ from kwaicoder_jax.models.parameters import (
     init,
     unflatten,
 )
+from kwaicoder_jax.models.rotary import is_dynamic
 from kwaicoder_jax.models.statistics import sequence_statistics
+from kwaicoder_jax.models.stored import StoredMatrix
 from kwaicoder_jax.models.transformer import Output, Transformer
 from kwaicoder_jax.models.vocabulary import cross_entropy, logits, projection
 
@@ -39,6 +41,7 @@ __all__ = [
     "Router",
     "RouterStatistics",
     "Runtime",
+    "StoredMatrix",
     "Transformer",
     "abstract",
     "check",
@@ -52,6 +55,7 @@ __all__ = [
     "forward",
     "forward_flops_per_token",
     "init",
+    "is_dynamic",
     "logits",
     "projection",
     "sequence_statistics",

@@ -14,19 +14,20 @@ from kwaicoder_jax.models.layers import InnerNorm, declare, declare_bias, plus, 
 from kwaicoder_jax.models.rotary import rotary
 from kwaicoder_jax.models.statistics import group_norms, record, recording
 
-LayerCache = tuple[jax.Array, jax.Array]  # one layer of Cache.key_LBSKN and Cache.value_LBSKN
+LayerCache = tuple[jax.Array, jax.Array]  # one layer of Cache.key_LBKSN and Cache.value_LBKSN
 
 
 @flax.struct.dataclass
 class Cache:
     """Keys and values of the tokens seen so far, for S slots; layers are in the order of the model.
 
+    Heads stand before slots, as the products of attention want them: a decode step would transpose all slots otherwise.
     `index` is the next free slot, the same in every row: prompts are padded on the left, with segment 0. Under latent
     attention keys are the rotary part that all heads share, and values the latent: K = 1, N of its own for each.
     """
 
-    key_LBSKN: jax.Array
-    value_LBSKN: jax.Array
+    key_LBKSN: jax.Array
+    value_LBKSN: jax.Array
     positions_BS: jax.Array
     segments_BS: jax.Array
     index: jax.Array
@@ -76,12 +77,12 @@ class Attention(nn.Module):
         k_BSKN = self._rotated("key", "kv_heads", x_BTD, key_DKN, tokens)
         v_BSKN = self._clipped(self._biased("value", "kv_heads", project(x_BTD, value_DKN)))
         if layer_cache is not None:
-            k_BSKN, v_BSKN = layer_cache = updated(layer_cache, (k_BSKN, v_BSKN), tokens)
+            layer_cache, (k_BSKN, v_BSKN) = updated(layer_cache, (k_BSKN, v_BSKN), tokens)
         mixed_BTHN = dot_product_attention(
             q_BTHN,
             k_BSKN,
             v_BSKN,
-            same_sequence=layer_cache is None,
+            same_sequence=k_BSKN.shape[1] == x_BTD.shape[1],
             backend=self.runtime.attention,
             **tokens.masks(),
         )
@@ -106,14 +107,34 @@ class Attention(nn.Module):
         return x_BTHN if limit is None else jnp.clip(x_BTHN, -limit, limit)
 
 
-def updated(layer_cache: LayerCache, new: LayerCache, tokens: Tokens) -> LayerCache:
-    """The cache with this call's keys and values written at `tokens.index`."""
+def updated(layer_cache: LayerCache, new: LayerCache, tokens: Tokens) -> tuple[LayerCache, LayerCache]:
+    """Writes this call's keys and values, [B, T, K, N], at `tokens.index`.
+
+    Returns:
+      The cache, and all of it seen as [B, S, K, N]; that is `new` itself where it fills all slots.
+    """
     assert tokens.index is not None
-    start = (0, tokens.index, 0, 0)
-    key, value = (
-        jax.lax.dynamic_update_slice(old, x.astype(old.dtype), start) for old, x in zip(layer_cache, new, strict=True)
+    new_BKTN = tuple(x_BTKN.swapaxes(1, 2).astype(old.dtype) for old, x_BTKN in zip(layer_cache, new, strict=True))
+    key_BKSN, value_BKSN = jax.lax.platform_dependent(
+        layer_cache, new_BKTN, tokens.index, cpu=_written_in_a_loop, default=_written
     )
+    if new[0].shape[1] == key_BKSN.shape[2]:
+        return (key_BKSN, value_BKSN), new
+    return (key_BKSN, value_BKSN), (key_BKSN.swapaxes(1, 2), value_BKSN.swapaxes(1, 2))
+
+
+def _written(layer_cache: LayerCache, new: LayerCache, index: jax.Array) -> LayerCache:
+    key, value = (jax.lax.dynamic_update_slice(old, x, (0, 0, index, 0)) for old, x in zip(layer_cache, new))
     return key, value
+
+
+def _written_in_a_loop(layer_cache: LayerCache, new: LayerCache, index: jax.Array) -> LayerCache:
+    """As `_written`, once, in a loop whose length the compiler does not see.
+
+    Otherwise XLA on CPU fuses the update into each of its readers where there is one row, and each updates a copy.
+    """
+    once = 1 + jnp.minimum(index, 0)
+    return jax.lax.fori_loop(0, once, lambda _, cache: _written(cache, new, index), layer_cache)
 
 
 def write(

@@ -12,7 +12,7 @@ _MASKED = -1e30
 class AttentionBackend(enum.StrEnum):
     """Which implementation computes attention."""
 
-    AUTO = "auto"  # blocked where it applies (same_sequence), else the reference
+    AUTO = "auto"  # blocked where it applies (same_sequence), else by rows
     REFERENCE = "reference"  # the full square of scores, in float32
     BLOCKED = "blocked"  # blocks of queries against the keys up to the block's end; the backward pass recomputes
 
@@ -57,11 +57,14 @@ def dot_product_attention(
     masks = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
     out_shape = (batch, time, heads, v_BSKN.shape[-1])
     q_BTKGN = q_BTHN.reshape(batch, time, groups, heads // groups, width)
-    if chosen is AttentionBackend.REFERENCE or not same_sequence:
+    if chosen is AttentionBackend.REFERENCE:
         return _reference(scale, q_BTKGN, k_BSKN, v_BSKN, masks).reshape(out_shape)
     # Heads before time: the layout that batched matmuls want, so that blocks of time are slices.
     q_BKTGN, k_BKSN, v_BKSN = q_BTKGN.transpose(0, 2, 1, 3, 4), k_BSKN.swapaxes(1, 2), v_BSKN.swapaxes(1, 2)
-    out_BKTGN = _blocked(block_size(time), scale, q_BKTGN, k_BKSN, v_BKSN, masks)
+    if same_sequence:
+        out_BKTGN = _blocked(block_size(time), scale, q_BKTGN, k_BKSN, v_BKSN, masks)
+    else:
+        out_BKTGN = _by_rows(scale, q_BKTGN, k_BKSN, v_BKSN, masks)
     return out_BKTGN.transpose(0, 2, 1, 3, 4).reshape(out_shape)
 
 
@@ -86,6 +89,24 @@ def _reference(scale: float, q_BTKGN: jax.Array, k_BSKN: jax.Array, v_BSKN: jax.
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS * scale, _MASKED)
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKN.dtype)
     return jnp.einsum("BKGTS,BSKN->BTKGN", weights_BKGTS, v_BSKN)
+
+
+def _by_rows(scale: float, q_BKTGN: jax.Array, k_BKSN: jax.Array, v_BKSN: jax.Array, masks: _Masks) -> jax.Array:
+    """The queries of a KV group as rows of one matrix, against all keys: few queries and a long cache.
+
+    Keys come first in their product and values last in theirs, as they lie: einsum would choose an order that transposes
+    a cache in every step. A cache may have a dtype of its own.
+    """
+    batch, groups, time, shared, width = q_BKTGN.shape
+    q_BKRN = q_BKTGN.reshape(batch, groups, time * shared, width).astype(k_BKSN.dtype)
+    heads = ((0, 1), (0, 1))
+    scores_BKSR = jax.lax.dot_general(k_BKSN, q_BKRN, (((3,), (3,)), heads), preferred_element_type=jnp.float32)
+    scores_BKTGS = scores_BKSR.swapaxes(2, 3).reshape(batch, groups, time, shared, -1)
+    visible_BTS = _visible(masks, 0, time, k_BKSN.shape[2])
+    weights_BKTGS = jax.nn.softmax(jnp.where(visible_BTS[:, None, :, None], scores_BKTGS * scale, _MASKED), axis=-1)
+    weights_BKRS = weights_BKTGS.reshape(batch, groups, time * shared, -1).astype(v_BKSN.dtype)
+    mixed_BKRN = jax.lax.dot_general(weights_BKRS, v_BKSN, (((3,), (2,)), heads), preferred_element_type=jnp.float32)
+    return mixed_BKRN.reshape(batch, groups, time, shared, -1).astype(q_BKTGN.dtype)
 
 
 def latent_dot_product_attention(

@@ -40,7 +40,7 @@ class LatentAttention(nn.Module):
         q_BTHP = rotary(q_BTHN[..., m.nope_dim :], tokens.positions_BT, c, tokens.lengths_BT)
         rope_BS1P, latent_BS1R = self._latents(x_BTD, m, tokens)
         if layer_cache is not None:
-            rope_BS1P, latent_BS1R = layer_cache = updated(layer_cache, (rope_BS1P, latent_BS1R), tokens)
+            layer_cache, (rope_BS1P, latent_BS1R) = updated(layer_cache, (rope_BS1P, latent_BS1R), tokens)
 
         scale = c.head_dim**-0.5 * score_factor(c)
         if layer_cache is not None and absorb_is_cheaper(m, x_BTD.shape[1]):
@@ -55,7 +55,8 @@ class LatentAttention(nn.Module):
             rope_BSHP = jnp.broadcast_to(rope_BS1P, (*k_BSHU.shape[:3], m.rope_dim))
             mixed_BTHW = dot_product_attention(
                 jnp.concatenate([q_BTHU, q_BTHP], axis=-1), jnp.concatenate([k_BSHU, rope_BSHP], axis=-1), v_BSHW,
-                same_sequence=layer_cache is None, scale=scale, backend=self.runtime.attention, **tokens.masks(),
+                same_sequence=k_BSHU.shape[1] == x_BTD.shape[1], scale=scale, backend=self.runtime.attention,
+                **tokens.masks(),
             )  # fmt: skip
         return write(self, c, mixed_BTHW, out_HWD, tokens), layer_cache
 

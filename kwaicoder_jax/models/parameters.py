@@ -165,8 +165,8 @@ def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     heads, key_width, value_width = config.kv_heads, config.head_dim, config.head_dim
     if config.mla is not None:
         heads, key_width, value_width = 1, config.mla.rope_dim, config.mla.kv_rank
-    key_LBSKN, value_LBSKN = (
-        jnp.zeros((config.layers, batch, slots, heads, width), config.dtype) for width in (key_width, value_width)
+    key_LBKSN, value_LBKSN = (
+        jnp.zeros((config.layers, batch, heads, slots, width), config.dtype) for width in (key_width, value_width)
     )
     zeros_BS = jnp.zeros((batch, slots), jnp.int32)
-    return Cache(key_LBSKN, value_LBSKN, zeros_BS, zeros_BS, jnp.zeros((), jnp.int32))
+    return Cache(key_LBKSN, value_LBKSN, zeros_BS, zeros_BS, jnp.zeros((), jnp.int32))

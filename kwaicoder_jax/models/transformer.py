@@ -93,7 +93,7 @@ class Transformer(nn.Module):
             k_positions_BS = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, start)
             k_segments_BS = jax.lax.dynamic_update_slice(cache.segments_BS, segments_BT, start)
             tokens = Tokens(positions_BT, segments_BT, k_positions_BS, k_segments_BS, cache.index)
-            layer_caches = (cache.key_LBSKN, cache.value_LBSKN)
+            layer_caches = (cache.key_LBKSN, cache.value_LBKSN)
         if is_dynamic(c):
             tokens = tokens.replace(lengths_BT=document_lengths(positions_BT, segments_BT))  # type: ignore[attr-defined]
 

@@ -9,6 +9,8 @@ from kwaicoder_jax.training.losses import (
     run_model,
 )
 from kwaicoder_jax.training.mesh import (
+    BATCH_AXES,
+    RULES,
     MeshConfig,
     abstract_params,
     batch_sharding,
@@ -25,6 +27,8 @@ from kwaicoder_jax.training.state import TrainState, abstract_state, make_state,
 from kwaicoder_jax.training.step import HeldOutLoss, make_step
 
 __all__ = [
+    "BATCH_AXES",
+    "RULES",
     "TIME_KEYS",
     "BalanceConfig",
     "Diverged",

@@ -1,4 +1,3 @@
-import json
 import pickle
 
 import pytest
@@ -69,26 +68,6 @@ def test_agrees_with_transformers(tokenizer, tmp_path):
     text = "def f(x):\n\treturn 12 # naïve 😀\r\n"
     assert reference(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
     assert reference.convert_tokens_to_ids("<|fim_middle|>") == tokenizer.fim_middle
-
-
-@pytest.mark.parametrize(
-    ("theirs", "expected"),
-    [
-        (
-            ("</s>", "<PAD>", "<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
-            (0, 0, 2, 3, 4),
-        ),  # no padding: the end
-        (("<|endoftext|>", "<fim_pad>", "<fim_prefix>", "<fim_suffix>", "<fim_middle>"), (0, 1, 2, 3, 4)),
-    ],
-    ids=["deepseek", "starcoder"],
-)
-def test_the_spellings_of_other_families_are_found(tokenizer, theirs, expected):
-    """DeepSeek's hole marks the suffix, and its end the middle (its repository's README shows a prompt)."""
-    text = tokenizer.serialized()
-    for ours, other in zip(SPECIALS, theirs):
-        text = text.replace(json.dumps(ours), json.dumps(other, ensure_ascii=False))
-    found = data.Tokenizer(text)
-    assert (found.end_of_text, found.pad, found.fim_prefix, found.fim_suffix, found.fim_middle) == expected
 
 
 def test_renamed_and_new_specials(tokenizer):

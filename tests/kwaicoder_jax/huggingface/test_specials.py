@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from kwaicoder_jax import data, huggingface, models
+from kwaicoder_jax import huggingface, models
 from kwaicoder_jax.data import tokenizer as tokenizers
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.huggingface import specials
@@ -95,7 +95,3 @@ def test_a_file_inside_a_package(tmp_path, monkeypatch, folder):
         huggingface.open_model("package:other_weights/model")
     with pytest.raises(UserError, match=r"^package:some_weights/nothing: does not exist"):
         huggingface.open_model("package:some_weights/nothing")
-
-
-def test_roles_of_a_tokenizer_are_the_fields_of_special_tokens():
-    assert set(data.tokenizer._SPELLINGS) == set(vars(data.SpecialTokens()))

@@ -6,23 +6,10 @@ import pytest
 from kwaicoder_jax import testing
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.inference import generate
-from kwaicoder_jax.inference.generation import bucket
 from kwaicoder_jax.testing.reference import document_logits
+from tests.kwaicoder_jax.inference.greedy import answer, random_prompts
 
 NEW = 6
-
-
-def random_prompts(config, lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, config.vocab_size, length).tolist() for length in lengths]
-
-
-def greedy_reference(params, config, prompt, count):
-    """The most probable token again and again, the whole document anew each time."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(int(np.argmax(document_logits(params, config, np.asarray(tokens))[-1])))
-    return tokens[len(prompt) :]
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +23,14 @@ def test_greedy_equals_the_float64_model_without_a_cache(name):
     config = testing.small_configs()[name]
     params, prompts = testing.random_params(config), random_prompts(config, [1, 7, 12, 3])
     got = generate(params, config, prompts, max_new_tokens=NEW, batch_size=4)
-    assert got == [greedy_reference(params, config, prompt, NEW) for prompt in prompts]
+    assert got == [answer(params, config, prompt, NEW) for prompt in prompts]
 
 
 def test_alone_in_a_batch_and_in_any_order(model):
     params, config = model
     prompts = random_prompts(config, [5, 31, 2, 32, 9, 40, 33])  # two buckets, a batch that is not full
     together = generate(params, config, prompts, max_new_tokens=NEW, batch_size=4)
-    assert together == [greedy_reference(params, config, prompt, NEW) for prompt in prompts]
+    assert together == [answer(params, config, prompt, NEW) for prompt in prompts]
     alone = [prompt for prompt in prompts if len(prompt) <= 32]
     expected = [tokens for prompt, tokens in zip(prompts, together) if len(prompt) <= 32]
     assert expected == [generate(params, config, [prompt], max_new_tokens=NEW)[0] for prompt in alone]
@@ -138,7 +125,3 @@ def test_errors_name_the_argument(model, prompts, settings, where):
         generate(params, config, prompts, **({"max_new_tokens": NEW} | settings))
     assert error.value.where == where
     assert error.value.remedy
-
-
-def test_buckets_are_few():
-    assert [bucket(n) for n in (1, 31, 32, 33, 64, 65, 1000)] == [32, 32, 32, 64, 64, 128, 1024]

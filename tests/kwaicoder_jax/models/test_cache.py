@@ -70,7 +70,9 @@ def test_every_cut_gives_the_same_logits_and_cache():
         got, other = run_in_pieces(params, config, batch, cuts, slots=10)
         np.testing.assert_allclose(got[real], whole[real], atol=TOLERANCE, rtol=0)
         np.testing.assert_allclose(
-            np.asarray(other.key_LBSKN)[:, real], np.asarray(cache.key_LBSKN)[:, real], atol=1e-5
+            np.asarray(other.key_LBKSN).swapaxes(2, 3)[:, real],
+            np.asarray(cache.key_LBKSN).swapaxes(2, 3)[:, real],
+            atol=1e-5,
         )
         np.testing.assert_array_equal(other.positions_BS, cache.positions_BS)
 
@@ -85,13 +87,13 @@ def test_packed_documents_stay_apart_in_a_cache():
 
 def test_a_latent_cache_holds_the_latent_and_one_rotary_key():
     cache = models.empty_cache(CONFIGS["deepseek_v3"], batch=4, slots=9)
-    assert cache.key_LBSKN.shape == (4, 4, 9, 1, 6)
-    assert cache.value_LBSKN.shape == (4, 4, 9, 1, 9)
+    assert cache.key_LBKSN.shape == (4, 4, 1, 9, 6)
+    assert cache.value_LBKSN.shape == (4, 4, 1, 9, 9)
 
 
 def test_empty_cache_shapes():
     config = testing.dense_config(dtype="bfloat16")
     cache = models.empty_cache(config, batch=4, slots=9)
-    assert cache.key_LBSKN.shape == cache.value_LBSKN.shape == (3, 4, 9, 2, 8)
-    assert cache.key_LBSKN.dtype == "bfloat16"
+    assert cache.key_LBKSN.shape == cache.value_LBKSN.shape == (3, 4, 2, 9, 8)
+    assert cache.key_LBKSN.dtype == "bfloat16"
     assert cache.positions_BS.shape == cache.segments_BS.shape == (4, 9)

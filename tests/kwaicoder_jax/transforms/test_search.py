@@ -49,7 +49,7 @@ def test_costs_in_closed_form_are_the_counts_of_the_cut_model(data):
         assert cost.latency == pytest.approx(batch * models.forward_flops_per_token(cut, 2 * context) / 1e3, rel=1e-9)
         return
     cache = jax.eval_shape(lambda: models.empty_cache(cut, batch, context))
-    moved = sum(np.prod(x.shape) * x.dtype.itemsize for x in (cache.key_LBSKN, cache.value_LBSKN))
+    moved = sum(np.prod(x.shape) * x.dtype.itemsize for x in (cache.key_LBKSN, cache.value_LBKSN))
     for name, d in declared.items():
         idle = 1.0
         if "expert_mlp" in d.axes:

@@ -1,0 +1,172 @@
+"""Parameters as decode steps read them: every layer's arrays of their own, in the dtype and the form of the computation.
+
+A decode step is bound by reading weights. A slice of a stack of layers is an array that has to be made before it is read
+(on CPU), and so is a weight in another dtype: both are done once, here. Matrices that multiply the same input are put side
+by side, since one wide product is read faster, and by more threads, than three narrow ones.
+"""
+
+import enum
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from kwaicoder_jax import models
+from kwaicoder_jax.inference import matrices
+from kwaicoder_jax.inference.matrices import Columns, FloatMatrix, Matrix
+from kwaicoder_jax.models import ModelConfig, Params
+
+STACKS = ("dense_layers", "layers")
+# Weights that the model reads through `models.layers.project`: those of one group multiply one input.
+GROUPS = (("query", "key", "value"), ("out",), ("gate", "up"), ("down",), ("query_down", "kv_down"), ("query_up",))
+INNER = {"out": 2}  # how many of their axes a product contracts, where it is not one
+AS_STORED = ("scale", "bias", "router", "shared_gate")  # ends of names: small, and most of them read in float32
+
+
+class Form(enum.StrEnum):
+    """How matrices are stored."""
+
+    FLOAT = "float"  # in the dtype of the computation
+    INT8 = "int8"  # see `matrices.Int8Matrix`; routed experts stay float
+
+
+@flax.struct.dataclass
+class Stack:
+    """The layers of one stack.
+
+    Attributes:
+      arrays: of each layer, by path: what is stored as declared.
+      matrices: of each layer, by name.
+      parts: (path of a declared weight, name of its matrix, first column, axes behind the contracted ones).
+    """
+
+    arrays: tuple[dict[str, jax.Array], ...]
+    matrices: tuple[dict[str, Matrix], ...]
+    parts: tuple[tuple[str, str, int, tuple[int, ...]], ...] = flax.struct.field(pytree_node=False)
+
+    def params(self) -> Params:
+        """The stack as `models.forward` reads it, with a leading layer axis; see `Weights.params`."""
+        arrays, joined = (
+            jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) for layers in (self.arrays, self.matrices)
+        )
+        columns = {path: Columns(joined[name], start, outer) for path, name, start, outer in self.parts}
+        return models.unflatten(arrays | columns)
+
+
+@flax.struct.dataclass
+class Weights:
+    """What `prepare` makes.
+
+    Attributes:
+      stacks: of layers, by name.
+      rest: the parameters of no layer, without the head.
+      head: the vocabulary projection: [V, D], or a matrix [D, V].
+      tied: whether the model reads the embedding as its head.
+    """
+
+    stacks: dict[str, Stack]
+    rest: Params
+    head: jax.Array | Matrix
+    tied: bool = flax.struct.field(pytree_node=False)
+
+    @property
+    def platform(self) -> str:
+        """Where the arrays are: "cpu", "tpu", ..."""
+        return next(iter(jax.tree.leaves(self.rest)[0].devices())).platform
+
+    def params(self) -> Params:
+        """The tree that `models.forward` reads; for a traced function that unrolls the layers (`scan_unroll=0`).
+
+        XLA takes the slice of a stack for the operand that it is, so that nothing is copied.
+        """
+        head: Any = self.head if isinstance(self.head, jax.Array) else Columns(self.head, 0, ())
+        return (
+            self.rest
+            | ({} if self.tied else {"head": head})
+            | {name: stack.params() for name, stack in self.stacks.items()}
+        )
+
+    def logits(self, hidden_MD: jax.Array) -> jax.Array:
+        """Float32 logits, [M, V]."""
+        if isinstance(self.head, jax.Array):
+            return models.logits(hidden_MD[None], self.head)[0]
+        return self.head.multiply(hidden_MD)
+
+
+def prepare(params: Params, config: ModelConfig, form: Form | str = Form.FLOAT) -> Weights:
+    """Copies parameters into the form of an engine; drop `params` afterwards to have their memory back.
+
+    Args:
+      params: as `config` declares them; on a mesh weights keep their sharding.
+      config: the model; weights get its `dtype`.
+      form: how matrices are stored.
+    """
+    form, alone = Form(form), _on_one_device(params)
+    stacks = {name: _stack(models.flatten(params[name]), config, form, alone) for name in STACKS if name in params}
+    rest = {name: value for name, value in params.items() if name not in (*STACKS, "head")}
+    rest["embedding"] = jnp.asarray(rest["embedding"]).astype(config.dtype)
+    tied = "head" not in params
+    head_VD = rest["embedding"] if tied else jnp.asarray(params["head"]).astype(config.dtype)
+    # In float32 the embedding serves as it is; products with other types read columns side by side, as in a layer.
+    plain = form is Form.FLOAT and (config.dtype == "float32" or not alone)
+    return Weights(stacks, rest, head_VD if plain else _matrix((head_VD.T,), form), tied)
+
+
+def _on_one_device(params: Params) -> bool:
+    leaf = jax.tree.leaves(params)[0]
+    return not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1
+
+
+def _stack(flat: Mapping[str, Any], config: ModelConfig, form: Form, alone: bool) -> Stack:
+    """One stack, from its parameters by path, each with a leading layer axis."""
+    groups = _groups(flat, together=alone) if alone or form is Form.INT8 else {}
+    grouped = {path for paths in groups.values() for path in paths}
+    parts, arrays, joined = [], [], []
+    for name, paths in groups.items():
+        start = 0
+        for path in paths:
+            outer = tuple(flat[path].shape[1 + _inner(path) :])
+            parts.append((path, name, start, outer))
+            start += math.prod(outer)
+    for layer in range(len(next(iter(flat.values())))):
+        one = {path: _layer(leaf, layer, _dtype(path, leaf, config)) for path, leaf in flat.items()}
+        arrays.append({path: leaf for path, leaf in one.items() if path not in grouped})
+        flats = {path: leaf.reshape(math.prod(leaf.shape[: _inner(path)]), -1) for path, leaf in one.items()}
+        joined.append({name: _matrix(tuple(flats[path] for path in paths), form) for name, paths in groups.items()})
+    return Stack(tuple(arrays), tuple(joined), tuple(parts))
+
+
+def _groups(flat: Mapping[str, Any], *, together: bool) -> dict[str, list[str]]:
+    """The matrices to be made: name to paths of the weights that they hold."""
+    found: dict[str, list[str]] = {}
+    for path in flat:
+        module, _, last = path.rpartition("/")
+        if module == "moe":  # routed experts
+            continue
+        for group in GROUPS:
+            if last in group:
+                found.setdefault(f"{module}/{group[0]}" if together else path, []).append(path)
+    return found
+
+
+def _inner(path: str) -> int:
+    return INNER.get(path.rpartition("/")[2], 1)
+
+
+def _dtype(path: str, leaf: Any, config: ModelConfig) -> str:
+    return str(leaf.dtype) if path.endswith(AS_STORED) else config.dtype
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _layer(stacked: jax.Array, layer: Any, dtype: str) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _matrix(parts_JF: tuple[jax.Array, ...], form: Form) -> Matrix:
+    matrix_JF = jnp.concatenate(parts_JF, axis=1)
+    return matrices.int8(matrix_JF) if form is Form.INT8 else FloatMatrix(matrix_JF)

@@ -1,0 +1,9 @@
+"""An engine whose weights, rows and caches are spread over four devices."""
+
+from tests.kwaicoder_jax.training import devices
+
+
+def test_the_same_answers_on_every_mesh():
+    same = devices.run("inference.on_devices", 4)
+    assert len(same) == 3
+    assert all(same.values()), same
