@@ -33,7 +33,7 @@ def test_its_inputs_are_the_finished_stages(workdir):
     assert record["inputs"] == {name: f"id{number}" for number, name in enumerate(STAGES[:-1])}
     changed = files.read_json(workdir / "cpt/stage.json") | {"identity": "another"}
     files.write_json(workdir / "cpt/stage.json", changed)
-    with pytest.raises(UserError, match=r"report\.cpt: its input is not the one it was made from.*--restart"):
+    with pytest.raises(UserError, match=r"report\.cpt: its input cpt is not the one it was made from.*--restart"):
         contract.run(context(workdir))
     with pytest.raises(UserError, match=r"report\.title"):
         contract.run(context(workdir, title="Another"))
