@@ -87,6 +87,7 @@ def test_random_lives_of_rows(seed):
             cache = resized(cache, jnp.asarray(order, jnp.int32), slots=slots)
             rows, active = [rows[at] if at >= 0 else [] for at in order], order >= 0
             assert int(cache.index) == 0
+            assert not np.asarray(cache.segments_BS)[order < 0].any()
         else:
             active &= np.array([len(tokens) < slots for tokens in rows])  # one that cannot grow any more leaves
             new, position = rng.integers(1, 999, batch), np.array([len(tokens) for tokens in rows])
