@@ -12,7 +12,7 @@ from kwaicoder_jax.evaluation.report import curve as report
 from kwaicoder_jax.evaluation.report import search
 from kwaicoder_jax.transforms import curve
 
-OWN = ("layer_rules", "leave_one_out", "max_tokens_per_source", "source")  # the other fields are sizes
+SIZES = ("layers", "mlp_dim", "model_dim", "heads", "kv_heads")  # in the order of the table
 
 
 def wanted(context: Context) -> bool:
@@ -27,7 +27,7 @@ def points(context: Context, config: Any) -> list[curve.Point]:
 
 def _sizes(context: Context) -> dict[str, tuple[int, ...]]:
     section = context.section.get("curve") or {}
-    return {name: tuple(sizes) for name, sizes in section.items() if name not in OWN and sizes}
+    return {name: tuple(section[name]) for name in SIZES if section.get(name)}
 
 
 def held_out(context: Context, corpus: data.Corpus) -> dict[str, list[data.Batch]]:

@@ -120,7 +120,8 @@ spec.loader.exec_module(real)
 def get_config():
     config = real.get_config("quick")
     config.stages = ("import_hf", "prepare_data", "prune", "upcycle", "export_hf", "report")
-    config.import_hf.update({{"source": {source!r}, "specials": {{"fim_prefix": "new"}}}})
+    config.import_hf.source = {source!r}
+    config.import_hf.specials = config.import_hf.specials.__class__({{"fim_prefix": "new"}})
     config.prepare_data.sources.standard_library.max_bytes = 200_000
     config.prepare_data.sources.installed_packages.max_bytes = 200_000
     config.prepare_data.valid_fraction = 0.2

@@ -285,7 +285,7 @@ def test_other_routes(http, client):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_who_leaves_is_forgotten(running, service, stream):
-    fields = {"prompt": "x", "max_tokens": 4000, "n": 6, "stream": stream}  # more than have rows
+    fields = {"prompt": "x", "max_tokens": 4000, "temperature": 0, "n": 6, "stream": stream}  # more than have rows
     with socket.create_connection(running[0].removeprefix("http://").split(":")) as connection:
         body = json.dumps(fields).encode()
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
@@ -297,7 +297,7 @@ def test_who_leaves_is_forgotten(running, service, stream):
 
 def test_a_full_queue_is_429(loaded):
     with serving(loaded, most=3) as (address, service), httpx.Client(base_url=address, timeout=60) as http:
-        long = {"prompt": "x", "max_tokens": 4000, "stream": True}
+        long = {"prompt": "x", "max_tokens": 4000, "temperature": 0, "stream": True}
         with http.stream("POST", "/v1/completions", json={**long, "n": 2}):
             answer = http.post("/v1/completions", json={"prompt": ["x", "y"]})
             assert (answer.status_code, answer.headers["retry-after"]) == (429, "1")
@@ -321,7 +321,9 @@ def test_a_failed_engine_is_503(loaded):
 
     engine.step = failing
     with serving(loaded, engine=engine) as (address, service), httpx.Client(base_url=address, timeout=60) as http:
-        with http.stream("POST", "/v1/completions", json={"prompt": "x", "max_tokens": 99, "stream": True}) as stream:
+        with http.stream(
+            "POST", "/v1/completions", json={"prompt": "x", "max_tokens": 99, "temperature": 0, "stream": True}
+        ) as stream:
             events = stream.read().decode().strip().split("\n\n")
         assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "unavailable"
         assert len(events) > 3
@@ -369,7 +371,7 @@ def test_shutting_down_tells_who_waits(loaded):
         answers = []
 
         def ask(stream):
-            fields = {"prompt": "x", "max_tokens": 4000, "stream": stream}
+            fields = {"prompt": "x", "max_tokens": 4000, "temperature": 0, "stream": stream}
             answers.append(httpx.post(f"{address}/v1/completions", json=fields, timeout=60))
 
         threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
