@@ -68,6 +68,8 @@ def generate(
     ids = list(range(len(prompts))) if prompt_ids is None else list(prompt_ids)
     if len(ids) != len(prompts):
         raise UserError(f"{len(ids)} ids for {len(prompts)} prompts", where="prompt_ids", remedy="give one per prompt")
+    if max_new_tokens < 1:
+        raise UserError(f"{max_new_tokens} is too small", where="max_new_tokens", remedy="use 1 or more")
     if batch_size < 1:
         raise UserError(f"{batch_size} is too small", where="batch_size", remedy="use 1 or more")
     accepted = [_accept(i, prompt, max_prompt_tokens, truncate) for i, prompt in enumerate(prompts)]

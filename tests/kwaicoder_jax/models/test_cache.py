@@ -44,7 +44,17 @@ def test_token_by_token_equals_the_whole_sequence(name):
     np.testing.assert_array_equal(cache.segments_BS[:, 12:], 0)
 
 
-@pytest.mark.parametrize("name", [n for n in testing.family_configs() if n != "llama_dynamic"])
+LONG = ("mixtral_with_biases", "qwen3_moe", "olmoe", "deepseek_v2", "glm4_moe")  # what they add, others here have too
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LONG else name
+        for name in testing.family_configs()
+        if name != "llama_dynamic"
+    ],
+)
 def test_families_token_by_token(name):
     """Windows end inside the prompt. Latent attention makes keys of the 16 tokens, and reads the latents of the rest."""
     config = CONFIGS[name]
