@@ -75,6 +75,14 @@ def plot(rows: Sequence[Row]) -> Html:
         drawing.line([(row["params"], row["loss"]) for row in curve], css)
         for row in curve:
             drawing.marks([(row["params"], row["loss"])], css.split()[0], functools.partial(_tip, row))
+        last = [row for row in curve if row["loss"] <= drawing.y[1]][-1]
+        x, left = drawing.across(last["params"]), last["params"] > sum(drawing.x) / 2
+        label = _name(curve[1]["field"], curve[1]["rule"])
+        drawing.over(
+            text(
+                x + (-8 if left else 8), drawing.up(last["loss"]) - 6, label, css.split()[0], "end" if left else "start"
+            )
+        )
     return drawing.render("held-out loss of pruned models against their parameters")
 
 
@@ -82,15 +90,17 @@ def _tip(row: Row, x: float, y: float) -> str:
     return f"{_name(row['field'], row['rule'])} {row['size']}: {q.count(x)}, loss {y:.4f}"
 
 
+def _powers(places: Sequence[float]) -> list[str]:
+    return [f"{10.0**place:g}" for place in places]
+
+
 def layers(alone: Mapping[str, Any]) -> Html:
     """A bar a layer, on a logarithmic scale: the first layers cost a thousand times what others do."""
     costs = [max(cost, 1e-4) for cost in alone["increase_L"]]
     low, high = math.floor(math.log10(min(costs))), math.ceil(math.log10(max(costs)) + 1e-9)
-    drawing = Plot(960, 220, (-0.5, len(costs) - 0.5), (low, max(high, low + 1)), margin=(58, 10, 16, 42))
-    drawing.axes("layer left out", "increase (nats)", most_y=1)
-    for power in range(low, max(high, low + 1) + 1):
-        y = drawing.up(power)
-        drawing.over(text(drawing.left - 7, y + 4, f"{10.0**power:g}", "tick", "end"))
+    high = max(high, low + 1)
+    drawing = Plot(960, 220, (-0.5, len(costs) - 0.5), (low, high), margin=(58, 10, 16, 42))
+    drawing.axes("layer left out", "increase (nats)", most_y=high - low + 1, name_y=_powers)
     width = (drawing.right - drawing.left) / len(costs)
     for layer, cost in enumerate(costs):
         x, y = drawing.left + layer * width, drawing.up(math.log10(cost))

@@ -123,12 +123,17 @@ class Plot:
         self._over: list[Html] = []
 
     def axes(
-        self, x_title: str, y_title: str, name_x: Callable[[Sequence[float]], list[str]] = plain, most_y: int = 0
+        self,
+        x_title: str,
+        y_title: str,
+        name_x: Callable[[Sequence[float]], list[str]] = plain,
+        most_y: int = 0,
+        name_y: Callable[[Sequence[float]], list[str]] = plain,
     ) -> None:
         """Draws both axes with ticks, titles and grid lines; with `most_y` ticks at most upwards, and no grid."""
         low, high = sorted(self.y)  # a heat map counts its rows from the top
         places = ticks(low, high, most_y or max(2, int((self.bottom - self.top) / 40)))
-        for place, name in zip(places, plain(places)):
+        for place, name in zip(places, name_y(places)):
             y = self.up(place)
             self._behind += [] if most_y else [line(self.left, y, self.right, y, "mesh")]
             self._behind.append(text(self.left - 7, y + 4, name, "tick", "end"))
