@@ -76,13 +76,9 @@ def plot(rows: Sequence[Row]) -> Html:
         for row in curve:
             drawing.marks([(row["params"], row["loss"])], css.split()[0], functools.partial(_tip, row))
         last = [row for row in curve if row["loss"] <= drawing.y[1]][-1]
-        x, left = drawing.across(last["params"]), last["params"] > sum(drawing.x) / 2
-        label = _name(curve[1]["field"], curve[1]["rule"])
-        drawing.over(
-            text(
-                x + (-8 if left else 8), drawing.up(last["loss"]) - 6, label, css.split()[0], "end" if left else "start"
-            )
-        )
+        gap, anchor = (-8, "end") if last["params"] > sum(drawing.x) / 2 else (8, "start")
+        x, y = drawing.across(last["params"]) + gap, drawing.up(last["loss"]) - 6
+        drawing.over(text(x, y, _name(curve[1]["field"], curve[1]["rule"]), css.split()[0], anchor))
     return drawing.render("held-out loss of pruned models against their parameters")
 
 
