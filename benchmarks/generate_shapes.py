@@ -24,5 +24,5 @@ class GenerateShape:
 #: By name. SmolLM2-135M's sizes with random weights: speed does not depend on what the numbers are.
 SHAPES = {
     "smollm2_135m": GenerateShape(),
-    "tiny": GenerateShape(2, 48, 3, 1, 16, 96, 256, prompt=8, new_tokens=4),
+    "tiny": GenerateShape(2, 48, 3, 1, 16, 96, 256, prompt=8, new_tokens=48),
 }

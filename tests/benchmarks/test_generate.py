@@ -7,6 +7,7 @@ import pytest
 from benchmarks import generate
 
 
+@pytest.mark.slow
 def test_both_workers_take_turns():
     rows = generate.measure(["huggingface:float32", "ours:float32", "ours:bfloat16/int8"], "tiny", [1, 2], rounds=1)
     assert [(row["batch"], row["variant"]) for row in rows] == [

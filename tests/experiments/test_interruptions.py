@@ -33,7 +33,7 @@ def interrupt_often(workdir, times: int, seed: int) -> None:
 
 
 def test_killed_at_random_moments_the_recipe_ends_in_the_same_bits(finished, tmp_path):
-    interrupt_often(tmp_path / "work", times=6, seed=int(time.time()) % 1000)
+    interrupt_often(tmp_path / "work", times=4, seed=int(time.time()) % 1000)
     commands.run("pipeline", tmp_path / "work")
     commands.assert_same_run(finished, tmp_path / "work")
 
@@ -84,6 +84,7 @@ def test_sigterm_in_training_saves_the_step_and_exits_0(finished, tmp_path):
     assert last["step"] == saved[0]
 
 
+@pytest.mark.slow
 def test_preempt_exit_code(finished, tmp_path):
     copy_stage(finished, tmp_path, "prepare_data")
     process = commands.start("pretrain", tmp_path, "--config.pretrain.steps=4000", "--preempt_exit_code=75")

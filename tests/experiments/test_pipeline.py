@@ -80,6 +80,7 @@ def test_what_follows_a_changed_stage_is_made_again(finished, tmp_path):
     assert commands.summary(workdir / "upcycle")["max_relative_logit_error"] <= 1e-5
 
 
+@pytest.mark.slow
 def test_the_mesh_may_change_between_stages(finished, tmp_path):
     workdir = tmp_path / "work"
     shutil.copytree(finished, workdir)

@@ -56,8 +56,8 @@ def _key_figure(part: Part) -> tuple[str, str]:
     summary = part.summary
     if "tokens_train" in summary:
         return q.count(summary["tokens_train"]), "training tokens"
-    if part.total:
-        return q.count(part.total), "parameters"
+    if part.total or "params_total" in summary:
+        return q.count(part.total or summary["params_total"]), "parameters"
     passes = sorted(key for key in summary if key.endswith("_pass_at_1"))
     if passes:
         return q.percent(summary[passes[0]]), "pass@1"

@@ -106,7 +106,8 @@ polyline.s3 { stroke: var(--purple); }
 .key { display: inline-block; width: 22px; height: 0; margin-right: 7px; vertical-align: middle;
   border-top: 3px solid var(--ink); }
 .key.faint { border-top-width: 1px; } .key.dashed { border-top-style: dashed; border-top-width: 2px; }
-.key.kept { border-color: var(--blue); } .key.s1 { border-color: var(--green); }
+.key.kept { border-color: var(--blue); } .key.s0 { border-color: var(--blue); } .key.s1 { border-color: var(--green); }
+.key.s2 { border-color: var(--vermilion); } .key.s3 { border-color: var(--purple); }
 .key.dropped { border-color: var(--vermilion); }
 .key.ramp { width: 90px; height: 11px; border: 0;
   background: linear-gradient(90deg, rgb(0 114 178), rgb(0 114 178 / 0) 50%, rgb(213 94 0 / 0) 50%, rgb(213 94 0)); }

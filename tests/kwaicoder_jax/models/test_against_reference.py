@@ -85,7 +85,17 @@ def test_runtime_changes_neither_loss_nor_gradients(name, runtime):
 
 
 @pytest.mark.parametrize(
-    "name", ["odd", "moe_sigmoid", "llama", "olmoe", "mixtral_with_biases", "deepseek_v2", "deepseek_v3", "glm4_moe"]
+    "name",
+    [
+        "odd",
+        "moe_sigmoid",
+        "olmoe",
+        "deepseek_v3",
+        *[
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("llama", "mixtral_with_biases", "deepseek_v2", "glm4_moe")
+        ],
+    ],
 )
 def test_gradients_match_finite_differences_of_the_float64_reference(name):
     config = CONFIGS[name]

@@ -28,7 +28,7 @@ def squared(tree):
     [
         {},
         pytest.param({"scale_placement": "down", "partition": "random_per_replica"}, marks=pytest.mark.slow),
-        {"router": "sigmoid", "routed_scale": 2.5, "scale_placement": "up"},
+        pytest.param({"router": "sigmoid", "routed_scale": 2.5, "scale_placement": "up"}, marks=pytest.mark.slow),
         {"shared_neurons": 12, "shared_gate": True, "scores": upcycling.SCORES, "partition": "random_per_replica"},
     ],
     ids=["balanced", "down", "sigmoid", "shared"],

@@ -229,6 +229,7 @@ def test_elsewhere_than_on_cpu_candidates_are_cut_on_the_device(teacher, monkeyp
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_mixtures_are_searched_along_their_own_axes():
     config = testing.moe_config(experts=ExpertsConfig(6, 2, 16, shared_mlp_dim=8))
     made = made_scores(config.replace(experts=None), neurons_LF=None)
