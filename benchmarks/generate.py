@@ -15,10 +15,9 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 from typing import Any
 
+from benchmarks import workers
 from benchmarks.generate_shapes import SHAPES
 
 FRAMEWORKS = {"ours": "benchmarks.generate_jax", "huggingface": "benchmarks.generate_huggingface"}
@@ -26,55 +25,25 @@ REFERENCE = "huggingface:float32"
 VARIANTS = ("float32", "bfloat16", "float32/int8", "bfloat16/int8")
 
 
-class Worker:
-    """A subprocess with one framework's model, which generates when it is asked to."""
-
-    def __init__(self, name: str, model: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.generate", f"--worker={name}", f"--model={model}"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._read()
-
-    def run(self, batch: int) -> dict[str, float]:
-        """Seconds of one batch: "prefill" and "decode"."""
-        assert self._process.stdin
-        print(batch, file=self._process.stdin, flush=True)
-        return self._read()
-
-    def close(self) -> None:
-        """Ends the subprocess."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, float]:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError("the worker ended; its error is above")
-
-
 def serve(name: str, model: str) -> None:
-    """The worker's side: one JSON line when ready, then one for each line that asks for a batch."""
+    """The worker's side: the seconds of a batch of the size that it is asked for, "prefill" and "decode"."""
     framework, _, variant = name.partition(":")
     module = importlib.import_module(FRAMEWORKS[framework])
     runner = module.Runner(SHAPES[model], variant, len(os.sched_getaffinity(0)))
-    print("{}", flush=True)
-    for line in sys.stdin:
-        print(json.dumps(runner.run(int(line))), flush=True)
+    workers.answer({}, runner.run)
 
 
 def measure(names: list[str], model: str, batches: list[int], rounds: int) -> list[dict[str, Any]]:
     """One row for every worker and batch; all in turns, after one round that compiles."""
-    workers = {name: Worker(name, model) for name in names}
+    running = {name: workers.Worker("benchmarks.generate", f"--worker={name}", f"--model={model}") for name in names}
     seconds: dict[tuple[int, str], list[dict[str, float]]] = {}
     for turn in range(rounds + 1):
         for batch in batches:
-            for name, worker in workers.items():
-                taken = worker.run(batch)
+            for name, worker in running.items():
+                taken = worker.ask(batch)
                 if turn:
                     seconds.setdefault((batch, name), []).append(taken)
-    for worker in workers.values():
+    for worker in running.values():
         worker.close()
     shape = SHAPES[model]
     tokens = {"prefill": shape.prompt, "decode": shape.new_tokens - 1}

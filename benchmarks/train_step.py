@@ -14,62 +14,34 @@ import importlib
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
+from benchmarks import workers
 from benchmarks.train_step_shapes import SHAPES
 
 FRAMEWORKS = {"ours": "benchmarks.train_step_jax", "huggingface": "benchmarks.train_step_huggingface"}
 
 
-class Worker:
-    """A subprocess that builds one framework's step and then runs as many as it is asked to."""
-
-    def __init__(self, framework: str, model: str) -> None:
-        command = [sys.executable, "-m", "benchmarks.train_step", f"--worker={framework}", f"--models={model}"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.description: dict[str, Any] = self._read()
-
-    def run(self, steps: int) -> float:
-        """Seconds per step of `steps` steps."""
-        assert self._process.stdin
-        print(steps, file=self._process.stdin, flush=True)
-        return self._read()["seconds"] / steps
-
-    def close(self) -> None:
-        """Ends the subprocess."""
-        assert self._process.stdin
-        self._process.stdin.close()
-        self._process.wait()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError("the worker ended; its error is above")
-
-
 def serve(framework: str, model: str) -> None:
-    """The worker's side: one JSON line when ready, then one for each line that asks for a number of steps."""
+    """The worker's side: the seconds of as many steps as it is asked for."""
     module = importlib.import_module(FRAMEWORKS[framework])
     steps, description = module.build(SHAPES[model], len(os.sched_getaffinity(0)))
-    print(json.dumps(description), flush=True)
-    for line in sys.stdin:
-        print(json.dumps({"seconds": steps(int(line))}), flush=True)
+    workers.answer(description, lambda count: {"seconds": steps(count)})
 
 
 def measure(model: str, seconds: float) -> dict[str, Any]:
     """One row: both frameworks in turns for about `seconds` seconds, at least three rounds of each."""
-    workers = {framework: Worker(framework, model) for framework in FRAMEWORKS}
+    running = {
+        framework: workers.Worker("benchmarks.train_step", f"--worker={framework}", f"--models={model}")
+        for framework in FRAMEWORKS
+    }
     times: dict[str, list[float]] = {framework: [] for framework in FRAMEWORKS}
     end = time.monotonic() + seconds
     while time.monotonic() < end or len(times["ours"]) < 3:
-        for framework, worker in workers.items():
-            times[framework].append(worker.run(2))
-    for worker in workers.values():
+        for framework, worker in running.items():
+            times[framework].append(worker.ask(2)["seconds"] / 2)
+    for worker in running.values():
         worker.close()
     medians = {framework: statistics.median(values) for framework, values in times.items()}
     tokens = SHAPES[model].tokens
@@ -79,7 +51,7 @@ def measure(model: str, seconds: float) -> dict[str, Any]:
         "huggingface_tokens_per_second": round(tokens / medians["huggingface"], 1),
         "ratio_to_huggingface": round(medians["huggingface"] / medians["ours"], 3),
         "rounds": len(times["ours"]),
-        "huggingface_variant": workers["huggingface"].description,
+        "huggingface_variant": running["huggingface"].description,
     }
 
 

@@ -234,5 +234,5 @@ def _load(named: str) -> ConfigDict | None:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module.get_config(argument) if argument else module.get_config()
-    except Exception:
+    except Exception:  # the error that is being explained, once more: whoever asks tells that one
         return None

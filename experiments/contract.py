@@ -29,6 +29,7 @@ from kwaicoder_jax.errors import UserError
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # nobody's input is at fault: what was written is of use
 
 CHECKPOINTS = ("init_from", "teacher")  # roles of inputs that have to have one
+WITH_CHECKPOINT = ("import_hf", "pretrain", "correct_teacher", "prune", "distill", "upcycle", "cpt")  # in their order
 
 
 class Section(dict):
@@ -118,7 +119,7 @@ def previous_checkpoint(context: Context) -> str:
     name = context.stage.name
     before = stages[: stages.index(name)] if name in stages else stages
     for candidate in reversed(before):
-        if candidate in ("import_hf", "pretrain", "prune", "distill", "upcycle", "cpt"):
+        if candidate in WITH_CHECKPOINT:
             return candidate
     raise UserError(
         "no stage before it leaves a checkpoint", where=f"{name}.init_from", remedy="name a stage or a folder"

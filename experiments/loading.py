@@ -8,12 +8,12 @@ from typing import Any
 
 from absl import flags
 
+from experiments.contract import WITH_CHECKPOINT
 from experiments.export_hf import find_tokenizer
 from experiments.training_stage import build, check_finite, placement_of
 from kwaicoder_jax import checkpoints, data, huggingface, inference, models, training
 from kwaicoder_jax.errors import UserError
 
-WITH_CHECKPOINT = ("import_hf", "pretrain", "correct_teacher", "prune", "distill", "upcycle", "cpt")  # in their order
 TRAINING = ("pretrain", "correct_teacher", "distill", "cpt")
 AUTO, NONE = "auto", "none"  # choices of `begin`, beside the spelling of a token
 

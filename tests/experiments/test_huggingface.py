@@ -172,6 +172,20 @@ def test_the_curve_of_the_recipe(through_the_recipe):
     assert "prune.curve.mlp_dim: 49 cannot be kept of 48; use 1 to 48" in again
 
 
+def test_a_curve_goes_on_from_the_points_that_are_there(through_the_recipe, tmp_path):
+    """As a kill leaves it: some points, no summary. The ones that are there are not measured again."""
+    workdir, recipe = through_the_recipe
+    work = pathlib.Path(shutil.copytree(workdir, tmp_path / "work"))
+    place = work / "prune/curve.jsonl"
+    whole = place.read_text()
+    first, second, *_ = whole.splitlines(keepends=True)
+    marked = json.dumps({**json.loads(second), "loss": 1000.5}) + "\n"
+    place.write_text(first + marked)
+    (work / "prune/summary.json").unlink()
+    commands.run("prune", work, config=str(recipe))
+    assert place.read_text() == whole.replace(second, marked)
+
+
 def test_stages_start_from_it_and_the_mixture_leaves(through_the_recipe, tmp_path):
     """Pruned and upcycled by the recipe's own stages, exported, loaded by transformers with the same logits."""
     workdir, _ = through_the_recipe
