@@ -9,21 +9,20 @@ import jax.numpy as jnp
 
 from kernels.grouped_matmul.api import Backend, outer, product
 from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved, gated
-from kernels.routing import Routing, combine, permute
+from kernels.routing import Routing, permute
 from kernels.routing.api import take_rows, weighted_sum
 
 
 def forward(
     backend: Backend, activation: Activation, arguments: Arguments, routing: Routing
 ) -> tuple[jax.Array, Saved]:
-    """The output [M, D] and what the backward pass needs."""
-    x_MD, weight_MX, gate_EDF, up_EDF, down_EFD = arguments
+    """The experts' outputs, rows in expert order, and what the backward pass needs."""
+    x_MD, _, gate_EDF, up_EDF, down_EFD = arguments
     sizes_E = routing.group_sizes_E
     x_RD = permute(x_MD, routing)
     gate_RF, up_RF = product(backend, x_RD, gate_EDF, sizes_E), product(backend, x_RD, up_EDF, sizes_E)
     h_RF = gated(activation, gate_RF, up_RF).astype(x_MD.dtype)
-    y_MD = combine(product(backend, h_RF, down_EFD, sizes_E), weight_MX, routing)
-    return y_MD, Saved(gate_RF, up_RF)
+    return product(backend, h_RF, down_EFD, sizes_E), Saved(gate_RF, up_RF)
 
 
 def backward(

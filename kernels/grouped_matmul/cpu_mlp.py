@@ -23,9 +23,9 @@ def _read_in(arguments: Arguments, expert: jax.Array) -> jax.Array:
 
 
 def forward(activation: Activation, arguments: Arguments, routing: Routing) -> tuple[jax.Array, Saved]:
-    """The output [M, D] and what the backward pass needs."""
-    x_MD, weight_MX, dtype = arguments.x_MD, arguments.weight_MX, arguments.x_MD.dtype
-    rows, neurons = weight_MX.size, arguments.gate_EDF.shape[2]
+    """The experts' outputs, rows in expert order, and what the backward pass needs."""
+    x_MD, dtype = arguments.x_MD, arguments.x_MD.dtype
+    rows, neurons = arguments.weight_MX.size, arguments.gate_EDF.shape[2]
     token_R = routing.token_R
 
     def expert_step(expert: jax.Array, start: jax.Array, end: jax.Array, carry: _Rows) -> _Rows:
@@ -45,7 +45,7 @@ def forward(activation: Activation, arguments: Arguments, routing: Routing) -> t
     carry = (jnp.zeros((rows, x_MD.shape[1]), dtype), Saved(empty_RF, empty_RF))
     if rows:
         carry = for_each_group(routing.group_sizes_E, expert_step, carry)
-    return weighted_sum(carry[0], routing.row_MX, weight_MX).astype(dtype), carry[1]
+    return carry
 
 
 def backward(

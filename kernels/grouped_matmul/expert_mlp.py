@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from kernels.grouped_matmul import composed_mlp, cpu_mlp
 from kernels.grouped_matmul.api import Backend
 from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved
-from kernels.routing import Routing
+from kernels.routing import Routing, combine
 
 
 def expert_mlp(
@@ -50,13 +50,45 @@ def expert_mlp(
     Raises:
       ValueError: shapes that do not fit together.
     """
+    arguments = _arguments(x_MD, weight_MX, routing, gate_EDF, up_EDF, down_EFD)
+    return _expert_mlp(Backend(backend), activation, arguments, routing)
+
+
+def expert_rows(
+    x_MD: jax.Array,
+    weight_MX: jax.Array,
+    routing: Routing,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+    *,
+    activation: Activation = jax.nn.silu,
+    backend: Backend | str = Backend.AUTO,
+) -> tuple[jax.Array, Saved]:
+    """`expert_mlp` before its weighted sum, for who looks into it: not differentiable.
+
+    Returns:
+      The experts' outputs [R, D], of which `routing.combine` makes the result, and the projections [R, F]: rows in
+      expert order.
+    """
+    arguments = _arguments(x_MD, weight_MX, routing, gate_EDF, up_EDF, down_EFD)
+    return _compute(Backend(backend), activation, arguments, routing)
+
+
+def _arguments(
+    x_MD: jax.Array,
+    weight_MX: jax.Array,
+    routing: Routing,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+) -> Arguments:
     experts, width, neurons = gate_EDF.shape
     shapes = (x_MD.shape[1:], up_EDF.shape, down_EFD.shape, routing.group_sizes_E.shape, routing.row_MX.shape)
     wanted = ((width,), gate_EDF.shape, (experts, neurons, width), (experts,), (x_MD.shape[0], weight_MX.shape[1]))
     if shapes != wanted:
         raise ValueError(f"shapes of x, up, down, group sizes and routing are {shapes}, gate and weights need {wanted}")
-    arguments = Arguments(x_MD, weight_MX.astype(jnp.float32), gate_EDF, up_EDF, down_EFD)
-    return _expert_mlp(Backend(backend), activation, arguments, routing)
+    return Arguments(x_MD, weight_MX.astype(jnp.float32), gate_EDF, up_EDF, down_EFD)
 
 
 def _dispatch(
@@ -77,7 +109,8 @@ def _compute(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_mlp(backend: Backend, activation: Activation, arguments: Arguments, routing: Routing) -> jax.Array:
-    return _compute(backend, activation, arguments, routing)[0]
+    rows_RD, _ = _compute(backend, activation, arguments, routing)
+    return combine(rows_RD, arguments.weight_MX, routing)
 
 
 _Residuals = tuple[Arguments, Routing, Saved]
@@ -86,8 +119,8 @@ _Residuals = tuple[Arguments, Routing, Saved]
 def _forward(
     backend: Backend, activation: Activation, arguments: Arguments, routing: Routing
 ) -> tuple[jax.Array, _Residuals]:
-    y_MD, saved = _compute(backend, activation, arguments, routing)
-    return y_MD, (arguments, routing, saved)
+    rows_RD, saved = _compute(backend, activation, arguments, routing)
+    return combine(rows_RD, arguments.weight_MX, routing), (arguments, routing, saved)
 
 
 def _backward(

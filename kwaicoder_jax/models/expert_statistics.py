@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels import routing
-from kernels.grouped_matmul.api import Backend, outer, product
+from kernels.grouped_matmul import expert_rows
+from kernels.grouped_matmul.api import Backend, outer
 from kernels.grouped_matmul.mlp_types import gated
 from kernels.routing.api import take_rows
 from kwaicoder_jax.models.statistics import Sums, from_sums, over_sequences
@@ -52,11 +53,8 @@ def expert_mlp(
       backend: of the grouped matmul.
       neuron_axis: mesh axis over which F is split, if this runs inside a shard_map that splits it.
     """
-    chosen, sizes_E = Backend(backend), order.group_sizes_E
-    x_RD = routing.permute(x_MD, order)
-    gate_RF, up_RF = (product(chosen, x_RD, matrix_EDF, sizes_E) for matrix_EDF in weights[:2])
-    a_RF = gated(jax.nn.silu, gate_RF, up_RF)
-    rows_RD = product(chosen, a_RF.astype(x_MD.dtype), weights[2], sizes_E)
+    rows_RD, saved = expert_rows(x_MD, weight_MX, order, *weights, backend=backend)
+    a_RF = gated(jax.nn.silu, *saved)
     y_MD = routing.combine(rows_RD, weight_MX, order)
 
     whole_RD = rows_RD.astype(jnp.float32)
@@ -70,7 +68,7 @@ def expert_mlp(
     member_RB = member_RB.astype(jnp.float32)
 
     def summed(values_RF: jax.Array) -> jax.Array:
-        sums_BEF = outer(chosen, member_RB, values_RF, sizes_E).swapaxes(0, 1)
+        sums_BEF = outer(Backend(backend), member_RB, values_RF, order.group_sizes_E).swapaxes(0, 1)
         return sums_BEF if neuron_axis is None else jax.lax.all_gather(sums_BEF, neuron_axis, axis=2, tiled=True)
 
     return y_MD, ExpertSums(norm_MX * weight_MX, summed(jnp.abs(a_RF)), summed(jnp.square(a_RF)))
