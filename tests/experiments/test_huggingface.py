@@ -18,7 +18,7 @@ from tests.kwaicoder_jax.huggingface import tiny
 
 torch, transformers = tiny.torch, tiny.transformers
 
-pytestmark = pytest.mark.xdist_group("huggingface")  # one worker makes what they share
+pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe, and makes what they share
 
 
 def tool(name, *arguments, status=0):

@@ -10,6 +10,8 @@ import pytest
 
 from tests.experiments import commands
 
+pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe
+
 
 def interrupt(workdir, seconds: float, how: int) -> int | None:
     """Starts the pipeline, sends the signal after `seconds`; None if it had ended by then, else its exit status."""
@@ -33,7 +35,7 @@ def interrupt_often(workdir, times: int, seed: int) -> None:
 
 
 def test_killed_at_random_moments_the_recipe_ends_in_the_same_bits(finished, tmp_path):
-    interrupt_often(tmp_path / "work", times=4, seed=int(time.time()) % 1000)
+    interrupt_often(tmp_path / "work", times=3, seed=int(time.time()) % 1000)
     commands.run("pipeline", tmp_path / "work")
     commands.assert_same_run(finished, tmp_path / "work")
 

@@ -18,7 +18,7 @@ SEARCH = (
     "--config.prune.search.distill_steps=2",
 )  # fmt: skip
 
-pytestmark = pytest.mark.xdist_group("prune_search")  # one worker makes what they share
+pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe, and makes what they share
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def exported(place, params, config, **options):
 
 
 def assert_transformers_agrees(place, params, config):
-    """The folder loads with nothing missing and nothing left over, gives our logits, and greedily writes our text."""
+    """The folder loads, with nothing missing and nothing left over, and gives our logits."""
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         place, attn_implementation="eager", output_loading_info=True
     )
@@ -50,10 +50,21 @@ def assert_transformers_agrees(place, params, config):
     inputs_BT, mask_BT = batch()
     expected = tiny.logits(model, inputs_BT, mask_BT)
     np.testing.assert_allclose(ours(params, config, inputs_BT, mask_BT)[mask_BT], expected[mask_BT], atol=1e-4, rtol=0)
-    prompt = inputs_BT[:1, :6]
+    return model
+
+
+def assert_same_text(model, params, config):
+    """12 tokens, greedily."""
+    prompt = batch()[0][:1, :6]
     with torch.no_grad():
         text = model.generate(torch.from_numpy(prompt), do_sample=False, max_new_tokens=12, eos_token_id=None)[0, 6:]
     assert inference.generate(params, config, [prompt[0].tolist()], max_new_tokens=12) == [text.tolist()]
+
+
+def texts_of(families, fast):
+    """Of each family its logits; of one also the text, and of the others among the slow tests."""
+    slow = [pytest.param(family, True, marks=pytest.mark.slow) for family in families if family != fast]
+    return [(family, family == fast) for family in families] + slow
 
 
 PRUNED = {"layers": 2, "model_dim": 20, "mlp_dim": 30, "heads": 2, "kv_heads": 1}
@@ -65,15 +76,17 @@ TEACHERS = {
 }
 
 
-@pytest.mark.parametrize("family", TEACHERS)
-def test_a_pruned_student(tmp_path, family):
+@pytest.mark.parametrize(("family", "text"), texts_of(TEACHERS, "llama"))
+def test_a_pruned_student(tmp_path, family, text):
     changes, target = TEACHERS[family]
     config = dense(**changes)
     params = testing.random_params(config)
     scores = made_scores(config)
     student, small, _ = transforms.prune.apply(params, config, scores, transforms.Target(**target))
     assert exported(tmp_path / "out", student, small).family.model_type == family
-    assert_transformers_agrees(tmp_path / "out", student, small)
+    model = assert_transformers_agrees(tmp_path / "out", student, small)
+    if text:
+        assert_same_text(model, student, small)
 
 
 UPCYCLED = {
@@ -87,15 +100,17 @@ UPCYCLED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", UPCYCLED)
-def test_an_upcycled_mixture(tmp_path, family):
+@pytest.mark.parametrize(("family", "text"), texts_of(UPCYCLED, "mixtral"))
+def test_an_upcycled_mixture(tmp_path, family, text):
     changes, choices = UPCYCLED[family]
     config = dense(**changes)
     params = testing.random_params(config)
     moe, moe_config, _ = transforms.upcycle.apply(params, config, granularity=4, replicas=2, **choices)
     planned = exported(tmp_path / "out", moe, moe_config)
     assert planned.family.model_type == family
-    assert_transformers_agrees(tmp_path / "out", moe, moe_config)
+    model = assert_transformers_agrees(tmp_path / "out", moe, moe_config)
+    if text:
+        assert_same_text(model, moe, moe_config)
     source = huggingface.open_model(tmp_path / "out")
     loaded = models.flatten(huggingface.load(source))
     for name, value in models.flatten(moe).items():

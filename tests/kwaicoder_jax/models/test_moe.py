@@ -1,5 +1,7 @@
 """Routing against numpy: which experts, with what weights, and what the statistics say."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,9 +96,8 @@ def test_biases_of_experts_reach_output_and_statistics():
     x = np.random.default_rng(5).standard_normal((2, 9, config.model_dim)).astype(np.float32)
     mask = np.ones((2, 9), bool)
     mask[1, 6:] = False
-    (y, _), recorded = MoE(config, models.Runtime()).apply(
-        {"params": jax.tree.map(jnp.asarray, p)}, jnp.asarray(x), jnp.asarray(mask), mutable=["statistics"]
-    )
+    apply = jax.jit(functools.partial(MoE(config, models.Runtime()).apply, mutable=["statistics"]))
+    (y, _), recorded = apply({"params": p}, x, mask)
     logits = x.astype(np.float64) @ p["router"]
     expected, importance, mean = np.zeros(x.shape), np.zeros(7), np.zeros((7, 14))
     for row in range(2):
@@ -121,7 +122,7 @@ def test_biases_of_experts_reach_output_and_statistics():
 def test_a_selection_bias_has_no_gradient():
     config = testing.small_configs()["moe_bias"]
     params, batch = testing.random_params(config), testing.random_batch(config, 2, 12)
-    gradients = models.flatten(jax.grad(testing.mean_loss)(params, config, batch))
+    gradients = models.flatten(jax.jit(jax.grad(testing.mean_loss), static_argnums=1)(params, config, batch))
     assert not np.any(gradients["layers/moe/router_bias"])
     assert np.any(gradients["layers/moe/router"])
 

@@ -26,7 +26,7 @@ def squared(tree):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         pytest.param({"scale_placement": "down", "partition": "random_per_replica"}, marks=pytest.mark.slow),
         pytest.param({"router": "sigmoid", "routed_scale": 2.5, "scale_placement": "up"}, marks=pytest.mark.slow),
         {"shared_neurons": 12, "shared_gate": True, "scores": upcycling.SCORES, "partition": "random_per_replica"},
