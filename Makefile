@@ -11,7 +11,7 @@ demo: .venv/core.stamp
 setup: .venv/dev.stamp
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile  # what a file's tests share, one worker makes once
 
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow --timeout=3000

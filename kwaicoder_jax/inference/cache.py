@@ -78,16 +78,18 @@ def _map(function: Any, cache: LayerCaches, *others: LayerCaches) -> LayerCaches
     )
 
 
-def inserted(cache: LayerCaches, prefix: LayerCaches, row: jax.Array) -> LayerCaches:
-    """`cache` with the tokens of `prefix` in `row`, in place of whatever was there.
+def inserted(cache: LayerCaches, prefix: LayerCaches, source: jax.Array, row: jax.Array) -> LayerCaches:
+    """`cache` with the tokens of one row of `prefix` in `row`, in place of whatever was there.
 
     Args:
       cache: of B rows.
-      prefix: of one row, not more slots, its index at their end or back at 0: its last token lies in its last slot.
-      row: int32 scalar.
+      prefix: of any rows, not more slots, its index at their end or back at 0: last tokens lie in the last slot.
+      source: row of `prefix`, int32 scalar.
+      row: row of `cache`.
     """
 
     def insert(axis: int, into: jax.Array, new: jax.Array) -> jax.Array:
+        new = jax.lax.dynamic_slice_in_dim(new, source, 1)
         padding = [(0, 0)] * new.ndim
         padding[axis] = (into.shape[axis] - new.shape[axis], 0)
         rolled = jnp.roll(jnp.pad(new, padding), cache.index, axis)  # the last slot comes to stand before the index

@@ -16,17 +16,17 @@ from kwaicoder_jax.models import ModelConfig, Runtime
 
 @flax.struct.dataclass
 class Prefix:
-    """A prompt that was run: its keys and values, one row, and what it predicts.
+    """P prompts that were run: their keys and values, a row each, and what predicts the next token.
 
     Attributes:
       cache: the tokens end in the last slot.
-      hidden_1D: final hidden state of the last token that was run.
-      length: tokens of the whole prompt, int32 scalar.
+      hidden_PD: final hidden state of the last token that was run.
+      length_P: tokens of the whole prompt, int32.
     """
 
     cache: LayerCaches
-    hidden_1D: jax.Array
-    length: jax.Array
+    hidden_PD: jax.Array
+    length_P: jax.Array
 
 
 @flax.struct.dataclass
@@ -68,27 +68,29 @@ class Scores:
     top_logprob_BA: jax.Array
 
 
-def empty_prefix(config: ModelConfig, slots: int, length: jax.Array, *, cache_dtype: str) -> Prefix:
-    """A prompt of which nothing was run yet."""
-    hidden_1D = jnp.zeros((1, config.model_dim), config.dtype)
-    return Prefix(caches.empty(config, 1, slots, cache_dtype), hidden_1D, length)
+def empty_prefix(config: ModelConfig, slots: int, length_P: jax.Array, *, cache_dtype: str) -> Prefix:
+    """Prompts of which nothing was run yet."""
+    rows = length_P.shape[0]
+    hidden_PD = jnp.zeros((rows, config.model_dim), config.dtype)
+    return Prefix(caches.empty(config, rows, slots, cache_dtype), hidden_PD, length_P)
 
 
-def prefill(weights: Weights, config: ModelConfig, prefix: Prefix, tokens_T: jax.Array, *, runtime: Runtime) -> Prefix:
-    """Runs the next T tokens of a prompt, which is padded on the left to the slots of `prefix`.
+def prefill(weights: Weights, config: ModelConfig, prefix: Prefix, tokens_PT: jax.Array, *, runtime: Runtime) -> Prefix:
+    """Runs the next T tokens of prompts, which are padded on the left to the slots of `prefix`.
 
     Args:
       weights: of the model.
       config: the model.
       prefix: of the tokens before, whose index says how many slots are filled; T divides its slots.
-      tokens_T: token ids, anything in the padding.
+      tokens_PT: token ids, anything in the padding.
       runtime: how to compute it.
     """
-    time, cache = tokens_T.shape[0], prefix.cache
-    offsets_1T = (cache.index + jnp.arange(time, dtype=jnp.int32) - (cache.slots - prefix.length))[None]
-    segments_1T = (offsets_1T >= 0).astype(jnp.int32)
-    hidden_1TD, cache = _run(weights, config, cache, tokens_T[None], jnp.maximum(offsets_1T, 0), segments_1T, runtime)
-    return prefix.replace(cache=cache, hidden_1D=hidden_1TD[:, -1])  # type: ignore[attr-defined]
+    time, cache = tokens_PT.shape[1], prefix.cache
+    slots_1T = (cache.index + jnp.arange(time, dtype=jnp.int32))[None]
+    offsets_PT = slots_1T - (cache.slots - prefix.length_P)[:, None]
+    segments_PT = (offsets_PT >= 0).astype(jnp.int32)
+    hidden_PTD, cache = _run(weights, config, cache, tokens_PT, jnp.maximum(offsets_PT, 0), segments_PT, runtime)
+    return prefix.replace(cache=cache, hidden_PD=hidden_PTD[:, -1])  # type: ignore[attr-defined]
 
 
 def empty_rows(config: ModelConfig, rows: int, slots: int, *, cache_dtype: str) -> Rows:
@@ -99,29 +101,31 @@ def empty_rows(config: ModelConfig, rows: int, slots: int, *, cache_dtype: str) 
 
 
 def join(
-    weights: Weights, rows: Rows, prefix: Prefix, joining_B: jax.Array, settings: Settings, *, top: int | None
+    weights: Weights, rows: Rows, prefix: Prefix, source_B: jax.Array, settings: Settings, *, top: int | None
 ) -> tuple[Rows, Drawn]:
-    """Puts one prompt into some rows, and draws their first tokens.
+    """Puts prompts into some rows, and draws their first tokens.
 
     Args:
       weights: of the model.
       rows: as they are.
-      prefix: the prompt, run to its end.
-      joining_B: which rows it takes; they must be free.
+      prefix: prompts, run to their end.
+      source_B: which prompt a row takes, int32; -1 for none. Rows that take one must be free.
       settings: of those rows; anything in the others.
       top: how many of the most probable tokens to report; None for no log probabilities at all.
 
     Returns:
       The rows, and what was drawn, which means nothing in rows that do not join.
     """
-    batch = joining_B.shape[0]
-    length_B = jnp.broadcast_to(prefix.length[None], (batch,))
-    logits_1V = weights.logits(prefix.hidden_1D)
-    drawn = _draw(jnp.broadcast_to(logits_1V, (batch, logits_1V.shape[1])), length_B, settings, top)
-    places_B = jnp.nonzero(joining_B, size=batch)[0]
-    cache = jax.lax.fori_loop(
-        0, jnp.sum(joining_B), lambda i, cache: caches.inserted(cache, prefix.cache, places_B[i]), rows.cache
-    )
+    joining_B, from_B = source_B >= 0, jnp.maximum(source_B, 0)
+    length_B = jnp.take(prefix.length_P, from_B)
+    drawn = _draw(jnp.take(weights.logits(prefix.hidden_PD), from_B, axis=0), length_B, settings, top)
+    places_B = jnp.nonzero(joining_B, size=source_B.shape[0])[0]
+
+    def insert(number: jax.Array, cache: LayerCaches) -> LayerCaches:
+        place = places_B[number]
+        return caches.inserted(cache, prefix.cache, from_B[place], place)
+
+    cache = jax.lax.fori_loop(0, jnp.sum(joining_B), insert, rows.cache)
     new, old = (drawn.token_B, length_B, settings), (rows.token_B, rows.position_B, rows.settings)
     token_B, position_B, settings = jax.tree.map(functools.partial(jnp.where, joining_B), new, old)
     return Rows(cache, token_B, position_B, rows.active_B | joining_B, settings), drawn

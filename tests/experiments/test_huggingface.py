@@ -18,8 +18,6 @@ from tests.kwaicoder_jax.huggingface import tiny
 
 torch, transformers = tiny.torch, tiny.transformers
 
-pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe, and makes what they share
-
 
 def tool(name, *arguments, status=0):
     """Runs a tool without a config, in a process of its own."""

@@ -10,8 +10,6 @@ import pytest
 
 from tests.experiments import commands
 
-pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe
-
 
 def interrupt(workdir, seconds: float, how: int) -> int | None:
     """Starts the pipeline, sends the signal after `seconds`; None if it had ended by then, else its exit status."""

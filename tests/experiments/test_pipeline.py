@@ -8,8 +8,6 @@ import pytest
 
 from tests.experiments import commands
 
-pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe
-
 
 def test_the_recipe_leaves_what_the_contract_says(finished):
     for stage in ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report"):

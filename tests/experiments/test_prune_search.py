@@ -18,8 +18,6 @@ SEARCH = (
     "--config.prune.search.distill_steps=2",
 )  # fmt: skip
 
-pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe, and makes what they share
-
 
 @pytest.fixture(scope="module")
 def searched(finished, tmp_path_factory):

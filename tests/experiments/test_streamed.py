@@ -7,8 +7,6 @@ import pytest
 
 from tests.experiments import commands
 
-pytestmark = pytest.mark.xdist_group("finished")  # one worker waits for the recipe
-
 
 @pytest.fixture
 def work(finished, tmp_path):

@@ -75,7 +75,7 @@ def test_random_lives_of_rows(seed):
         row, choice = int(rng.integers(batch)), rng.random()
         if choice < 0.1 and not active[row]:
             tokens = rng.integers(1, 999, rng.integers(1, 9)).tolist()
-            cache = inserted(cache, prefix_of(tokens, 8 if rng.random() < 0.5 else 16), jnp.int32(row))
+            cache = inserted(cache, prefix_of(tokens, 8 if rng.random() < 0.5 else 16), jnp.int32(0), jnp.int32(row))
             rows[row], active[row] = tokens, True
         elif choice < 0.2 and active[row]:
             active[row] = False
@@ -103,10 +103,10 @@ def test_random_lives_of_rows(seed):
 
 def test_an_insert_leaves_other_rows_alone():
     cache = empty(3, 8)
-    cache = inserted(cache, prefix_of([5, 6, 7], 4), jnp.int32(1))
-    cache = inserted(cache, prefix_of([8, 9], 8), jnp.int32(2))
+    cache = inserted(cache, prefix_of([5, 6, 7], 4), jnp.int32(0), jnp.int32(1))
+    cache = inserted(cache, prefix_of([8, 9], 8), jnp.int32(0), jnp.int32(2))
     check(cache, [[], [5, 6, 7], [8, 9]])
-    check(inserted(cache, prefix_of([1], 4), jnp.int32(1)), [[], [1], [8, 9]])
+    check(inserted(cache, prefix_of([1], 4), jnp.int32(0), jnp.int32(1)), [[], [1], [8, 9]])
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,28 @@ def test_requests_that_come_and_go_at_random():
             assert len(generation.ids) == generation.request.max_new_tokens
 
 
+def test_prompts_of_about_one_length_are_run_together(monkeypatch):
+    """Four and four of the first ten, and two alone; a shorter one does not go with a longer one."""
+    served = make(max_rows=16)
+    calls = counted(served, monkeypatch)
+    prompts = random_prompts(CONFIG, [20, 3, 9, 31, 17, 8, 2, 12, 32, 1, 40, 5])
+    generations = submit(served, prompts, 4)
+    served.run()
+    check(*generations)
+    assert [calls.count(name) for name in ("prefill", "join", "decode")] == [6, 6, 3]
+    calls.clear()
+    generations = submit(served, [prompts[9], prompts[6], prompts[4], prompts[6], prompts[11]], 4)
+    served.run()
+    check(*generations)
+    assert [calls.count(name) for name in ("prefill", "join", "decode")] == [2, 5, 3]  # two were kept, one twice needed
+
+
+def test_no_more_prompts_together_than_tokens_fit():
+    sizing = make(max_tokens=4096)._sizes
+    assert [sizing.prompts_together(32, n) for n in (0, 1, 3, 4, 15, 16, 99)] == [1, 1, 1, 4, 4, 16, 16]
+    assert [sizing.prompts_together(slots, 99) for slots in (64, 128, 256, 512, 2048)] == [4, 4, 1, 1, 1]
+
+
 def test_the_cache_grows_and_shrinks(monkeypatch):
     monkeypatch.setattr(sizes, "PATIENCE", 5)
     served, seen = make(max_tokens=512, fixed_rows=False, max_rows=2, ahead=8), []

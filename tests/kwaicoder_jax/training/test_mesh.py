@@ -10,8 +10,6 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.training import MeshConfig
 from tests.kwaicoder_jax.training import devices, mesh_variants
 
-pytestmark = pytest.mark.xdist_group("mesh")  # one worker makes what they share
-
 
 @pytest.fixture(scope="module")
 def found():

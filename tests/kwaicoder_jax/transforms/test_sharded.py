@@ -6,8 +6,6 @@ from kwaicoder_jax import training
 from kwaicoder_jax.transforms import arrays
 from tests.kwaicoder_jax.training import devices
 
-pytestmark = pytest.mark.xdist_group("sharded")  # one worker makes what they share
-
 
 @pytest.fixture(scope="module")
 def report():
