@@ -177,8 +177,11 @@ def parse(argv: list[str], required: tuple[str, ...] = ("config", "workdir")) ->
 def _split_nones(argv: list[str]) -> tuple[list[str], list[str]]:
     """The command line without `--config.field=None`, which ml_collections takes for a value; and these fields.
 
-    Of several values for one field the last one counts.
+    Of several values for one field the last one counts. `--config.field None` is the same.
     """
+    for at in range(len(argv) - 2, -1, -1):
+        if argv[at].startswith("--config.") and "=" not in argv[at] and argv[at + 1] == "None":
+            argv = [*argv[:at], f"{argv[at]}=None", *argv[at + 2 :]]
     last = {word.partition("=")[0].lstrip("-"): at for at, word in enumerate(argv)}
     nones = {name for name, at in last.items() if name.startswith("config.") and argv[at].endswith("=None")}
     return (

@@ -249,6 +249,7 @@ def test_lists_of_names_may_be_given_with_commas():
         (["--config.a=3", "--config.b=None", "-config.a=None"], [], ["a", "b"]),
         (["--config.a=None", "--config.a=3"], ["--config.a=None", "--config.a=3"], []),
         (["--workdir=None", "--config=None"], ["--workdir=None", "--config=None"], []),
+        (["--config.a.b", "None", "--x", "None"], ["--x", "None"], ["a.b"]),
     ],
 )
 def test_fields_that_are_set_to_none_are_taken_off_the_command_line(words, kept, nones):
