@@ -108,6 +108,15 @@ def test_prompts_of_about_one_length_are_run_together(monkeypatch):
     assert [calls.count(name) for name in ("prefill", "join", "decode")] == [2, 5, 3]  # two were kept, one twice needed
 
 
+def test_prompts_that_were_run_together_are_kept_until_they_have_joined(monkeypatch):
+    served = make(prefixes=0)
+    calls = counted(served, monkeypatch)
+    generations = submit(served, random_prompts(CONFIG, [20, 3, 9, 31]), 4)
+    served.run()
+    check(*generations)
+    assert [calls.count(name) for name in ("prefill", "join")] == [1, 1]
+
+
 def test_no_more_prompts_together_than_tokens_fit():
     sizing = make(max_tokens=4096)._sizes
     assert [sizing.prompts_together(32, n) for n in (0, 1, 3, 4, 15, 16, 99)] == [1, 1, 1, 4, 4, 16, 16]
