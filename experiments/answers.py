@@ -27,7 +27,7 @@ class Writer:
         """
         self.count, self.ended = count, 0
         self._out, self._stream, self._as_json = out, stream and not as_json, as_json
-        self._end_lines = end_lines or count > 1
+        self._end_lines = end_lines or count > 1 or as_json
         self._waiting = [""] * count  # text that is not out
         self._records: list[dict[str, Any] | None] = [None] * count  # of answers that ended
         self._current = 0  # all before it are out

@@ -11,7 +11,8 @@ from experiments.serve_app import App
 from kwaicoder_jax.inference import Service
 
 __all__ = ["App", "HttpServer"]
-LAST_WORDS = 5.0  # seconds for replies that say that the server ends
+# Seconds for replies that say that the server ends. They come after the engine's step, which may just compile a program.
+LAST_WORDS = 60.0
 
 
 class HttpServer(uvicorn.Server):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from etils import epath
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
 from kwaicoder_jax.data.special_tokens import SpecialTokens, known
@@ -168,6 +168,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Digits are tokens of their own (as in SmolLM2 and StarCoder2), which makes arithmetic learnable by small models.
     The special tokens come first: `<|endoftext|>` is id 0. A corpus that is too small gives fewer tokens than asked.
+    The template puts `<|endoftext|>` before a text, as our documents begin, for those who encode with special tokens:
+    transformers and servers do, `Tokenizer.encode` does not.
     """
     specials = SpecialTokens().strings()
     smallest = 256 + len(specials)
@@ -187,6 +189,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(_iterate(texts), trainer)
+    end = SpecialTokens().end_of_text
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{end} $A", pair=f"{end} $A {end} $B", special_tokens=[(end, backend.token_to_id(end))]
+    )
     return Tokenizer(backend.to_str(pretty=True))
 
 

@@ -63,7 +63,9 @@ def test_the_text_is_the_tokens_decoded(stage, loaded, options):
     prompts = [[tokenizer.end_of_text, *tokenizer.encode(text)] for text in PROMPTS]
     texts = [tokenizer.decode(ids) for ids in expected(stage, prompts, **options)]
     assert len({*texts}) == len(texts)
-    lines = answers(loaded, of(*PROMPTS), as_json=True, **options).splitlines()
+    text = answers(loaded, of(*PROMPTS), as_json=True, **options)
+    assert text.endswith("}\n")
+    lines = text.splitlines()
     assert [json.loads(line)["text"] for line in lines] == texts
     assert answers(loaded, of(PROMPTS[0]), **options) == texts[0]
 

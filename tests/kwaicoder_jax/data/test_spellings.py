@@ -13,7 +13,7 @@ def foreign(*specials, words=("x",), template=None):
     import json
 
     values = json.loads(training.train([*words], 261).serialized())
-    values["added_tokens"] = []
+    values["added_tokens"], values["post_processor"] = [], None
     names = {
         f"<|{name}|>": f"unused{i}"
         for i, name in enumerate(("endoftext", "pad", "fim_prefix", "fim_suffix", "fim_middle"))

@@ -99,3 +99,14 @@ def test_errors(tmp_path, tokenizer):
     renamed = data.Tokenizer(tokenizer.serialized(), data.SpecialTokens(fim_middle="<MID>"))
     with pytest.raises(UserError, match="<MID>"):
         _ = renamed.fim_middle
+
+
+def test_the_template_begins_a_text_as_documents_begin(tokenizer, tmp_path):
+    """For those who encode with special tokens, as transformers does by default; our own ids have none."""
+    import transformers
+
+    assert tokenizer.begin() == (tokenizer.end_of_text,)
+    assert tokenizer.end_of_text not in tokenizer.encode("def f")
+    (tmp_path / "tokenizer.json").write_text(tokenizer.serialized())
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert theirs("def f")["input_ids"] == [tokenizer.end_of_text, *tokenizer.encode("def f")]

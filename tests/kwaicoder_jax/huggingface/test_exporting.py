@@ -163,7 +163,7 @@ def test_what_lies_beside_the_weights(tmp_path):
     with safe_open(tmp_path / "a/model.safetensors", "np") as file:
         assert file.metadata() == {"format": "pt"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "a")
-    assert tokenizer("def f(x):")["input_ids"] == TOKENIZER.encode("def f(x):")
+    assert tokenizer("def f(x):")["input_ids"] == [0, *TOKENIZER.encode("def f(x):")], "begun as our documents begin"
 
 
 def test_the_tokenizers_own_special_tokens_are_named(tmp_path):
