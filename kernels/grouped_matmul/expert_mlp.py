@@ -50,45 +50,44 @@ def expert_mlp(
     Raises:
       ValueError: shapes that do not fit together.
     """
-    arguments = _arguments(x_MD, weight_MX, routing, gate_EDF, up_EDF, down_EFD)
+    arguments = Arguments(x_MD, weight_MX.astype(jnp.float32), gate_EDF, up_EDF, down_EFD)
+    _check(arguments, routing)
     return _expert_mlp(Backend(backend), activation, arguments, routing)
 
 
 def expert_rows(
-    x_MD: jax.Array,
-    weight_MX: jax.Array,
+    arguments: Arguments,
     routing: Routing,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
     *,
     activation: Activation = jax.nn.silu,
     backend: Backend | str = Backend.AUTO,
 ) -> tuple[jax.Array, Saved]:
-    """`expert_mlp` before its weighted sum, for who looks into it: not differentiable.
+    """`expert_mlp` before its weighted sum, for those who look into it; not differentiable.
+
+    Args:
+      arguments: those of `expert_mlp`.
+      routing: as there, like what follows.
+      activation: as there.
+      backend: as there.
 
     Returns:
       The experts' outputs [R, D], of which `routing.combine` makes the result, and the projections [R, F]: rows in
       expert order.
+
+    Raises:
+      ValueError: shapes that do not fit together.
     """
-    arguments = _arguments(x_MD, weight_MX, routing, gate_EDF, up_EDF, down_EFD)
+    _check(arguments, routing)
     return _compute(Backend(backend), activation, arguments, routing)
 
 
-def _arguments(
-    x_MD: jax.Array,
-    weight_MX: jax.Array,
-    routing: Routing,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
-) -> Arguments:
+def _check(arguments: Arguments, routing: Routing) -> None:
+    x_MD, weight_MX, gate_EDF, up_EDF, down_EFD = arguments
     experts, width, neurons = gate_EDF.shape
     shapes = (x_MD.shape[1:], up_EDF.shape, down_EFD.shape, routing.group_sizes_E.shape, routing.row_MX.shape)
     wanted = ((width,), gate_EDF.shape, (experts, neurons, width), (experts,), (x_MD.shape[0], weight_MX.shape[1]))
     if shapes != wanted:
         raise ValueError(f"shapes of x, up, down, group sizes and routing are {shapes}, gate and weights need {wanted}")
-    return Arguments(x_MD, weight_MX.astype(jnp.float32), gate_EDF, up_EDF, down_EFD)
 
 
 def _dispatch(

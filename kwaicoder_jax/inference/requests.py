@@ -78,7 +78,7 @@ class Request:
             raise UserError(what, where=where, remedy="encode with the checkpoint's own tokenizer")
         if len(self.prompt) + self.max_new_tokens > max_tokens:
             what = f"{len(self.prompt)} tokens and {self.max_new_tokens} new ones are more than {max_tokens}"
-            raise UserError(what, where=where, remedy="shorten the prompt, ask for less, or raise max_tokens")
+            raise UserError(what, where=where, remedy="shorten the prompt, ask for less, or start with room for more")
 
 
 @dataclasses.dataclass(eq=False)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kernels import routing
 from kernels.grouped_matmul import expert_rows
 from kernels.grouped_matmul.api import Backend, outer
-from kernels.grouped_matmul.mlp_types import gated
+from kernels.grouped_matmul.mlp_types import Arguments, gated
 from kernels.routing.api import take_rows
 from kwaicoder_jax.models.statistics import Sums, from_sums, over_sequences
 
@@ -53,7 +53,7 @@ def expert_mlp(
       backend: of the grouped matmul.
       neuron_axis: mesh axis over which F is split, if this runs inside a shard_map that splits it.
     """
-    rows_RD, saved = expert_rows(x_MD, weight_MX, order, *weights, backend=backend)
+    rows_RD, saved = expert_rows(Arguments(x_MD, weight_MX, *weights), order, backend=backend)
     a_RF = gated(jax.nn.silu, *saved)
     y_MD = routing.combine(rows_RD, weight_MX, order)
 

@@ -125,6 +125,7 @@ def batch_sums(
         units["shared_neurons"] = layers["moe"]["shared"]["neurons"]
     if blocks and output.layers_LBTD is not None:
         result["blocks"] = block_influence(output.embedded_BTD, output.layers_LBTD, segments_BT > 0)
+        result["influence"] = jnp.diagonal(result["blocks"])  # so that XLA drops the layers' own
     if sequence is not None:
         units = {
             name: {order: {sequence: sums[sequence]} for order, sums in pair.items()} for name, pair in units.items()

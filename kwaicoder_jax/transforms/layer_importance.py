@@ -99,14 +99,16 @@ def block_influence(embedded_BTD: jax.Array, layers_LBTD: jax.Array, mask_BT: ja
       [L, L] float32: 1 - cos(before layer i, after layer j) at [i, j], zero where j < i.
     """
     time, points = mask_BT.shape[1], layers_LBTD.shape[0] + 1
-    total_II = jnp.zeros((points, points), jnp.float32)
+    total_II, count_BT = jnp.zeros((points, points), jnp.float32), mask_BT.astype(jnp.float32)
     # Slices of time: a sharded batch stays sharded, no normalised copy of every state is made, and a product of two
-    # matrices per slice is 7 times as fast on CPU as one per sequence. 1 - cos loses digits, hence HIGHEST.
+    # matrices per slice is 7 times as fast on CPU as one per sequence. 1 - cos loses digits, hence HIGHEST, and a
+    # difference for every slice.
     slices = np.array_split(np.arange(time), min(time, 8))
     for first, end in ((int(here[0]), int(here[-1]) + 1) for here in slices):
         stream_IBTD = jnp.concatenate([embedded_BTD[None, :, first:end], layers_LBTD[:, :, first:end]])
         stream_IBTD = stream_IBTD.astype(jnp.float32)
         norm_IBT1 = jnp.maximum(jnp.linalg.norm(stream_IBTD, axis=-1, keepdims=True), 1e-20)
         unit_IR = (stream_IBTD * (mask_BT[None, :, first:end, None] / norm_IBT1)).reshape(points, -1)
-        total_II += jnp.matmul(unit_IR, unit_IR.T, precision=jax.lax.Precision.HIGHEST)
-    return jnp.triu(jnp.sum(mask_BT, dtype=jnp.float32) - total_II[:-1, 1:])
+        cosines_II = jnp.matmul(unit_IR, unit_IR.T, precision=jax.lax.Precision.HIGHEST)
+        total_II += jnp.sum(count_BT[:, first:end]) - cosines_II
+    return jnp.triu(total_II[:-1, 1:])

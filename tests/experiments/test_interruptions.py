@@ -33,7 +33,7 @@ def interrupt_often(workdir, times: int, seed: int) -> None:
 
 
 def test_killed_at_random_moments_the_recipe_ends_in_the_same_bits(finished, tmp_path):
-    interrupt_often(tmp_path / "work", times=3, seed=int(time.time()) % 1000)
+    interrupt_often(tmp_path / "work", times=4, seed=int(time.time()) % 1000)
     commands.run("pipeline", tmp_path / "work")
     commands.assert_same_run(finished, tmp_path / "work")
 

@@ -72,7 +72,7 @@ def test_bfloat16(backend):
     _check(backend, (40, 2, 4, 8, 12), dtype=jnp.bfloat16, tolerance=0.02)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from([(300, 4, 5), (7, 2, 64), (200, 3, 16)]))
 def test_cpu_loops_for_any_routing(seed, sizes):
     _check(Backend.CPU, (*sizes, 4, 6), seed=seed)
