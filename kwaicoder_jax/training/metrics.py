@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
@@ -23,6 +22,10 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | os.PathLike[str], restored_step: int | None):
+        from tensorboardX import (
+            SummaryWriter,  # imports PyTorch where that is installed: a second of every command's start
+        )
+
         self.file = epath.Path(folder) / "metrics.jsonl"
         self._cut(restored_step)
         purge = None if restored_step is None else restored_step + 1
