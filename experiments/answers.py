@@ -13,6 +13,7 @@ class Writer:
     Attributes:
       count: of the answers.
       ended: how many ended.
+      streams: whether text is written as it comes.
     """
 
     def __init__(self, out: BinaryIO, count: int, *, stream: bool, end_lines: bool, as_json: bool):
@@ -26,7 +27,7 @@ class Writer:
           as_json: one object a line instead of the texts.
         """
         self.count, self.ended = count, 0
-        self._out, self._stream, self._as_json = out, stream and not as_json, as_json
+        self._out, self.streams, self._as_json = out, stream and not as_json, as_json
         self._end_lines = end_lines or count > 1 or as_json
         self._waiting = [""] * count  # text that is not out
         self._records: list[dict[str, Any] | None] = [None] * count  # of answers that ended
@@ -36,7 +37,7 @@ class Writer:
     def push(self, index: int, text: str) -> None:
         """More text of one answer."""
         self._waiting[index] += text
-        if index == self._current and self._stream:
+        if index == self._current and self.streams:
             self._write(index)
 
     def end(self, index: int, record: dict[str, Any]) -> None:
@@ -50,7 +51,7 @@ class Writer:
             if self._end_lines and self._last != "\n":
                 self._out.write(b"\n")
             self._current, self._last = self._current + 1, ""
-            if self._current < self.count and self._stream:
+            if self._current < self.count and self.streams:
                 self._write(self._current)
         self._out.flush()
 

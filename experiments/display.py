@@ -27,11 +27,14 @@ class Display:
         self.console.print(f"{self._prefix}{text}", markup=False)
 
     @contextlib.contextmanager
-    def progress(self, total: int, unit: str) -> Iterator[Callable[..., None]]:
-        """Yields `update(done, note="")`; shows rate and time left, measured from the first update on."""
+    def progress(self, total: int, unit: str, *, says_end: bool = True) -> Iterator[Callable[..., None]]:
+        """Yields `update(done, note="")`; shows rate and time left, measured from the first update on.
+
+        Where there is no terminal, `says_end` writes a line at the end, however short the work was.
+        """
         pace = _Pace(total)
         if not self.console.is_terminal:
-            yield _PlainProgress(self, pace, unit).update
+            yield _PlainProgress(self, pace, unit, says_end).update
             return
         rate = TextColumn("{task.fields[rate]:.1f} {task.fields[unit]}/s {task.fields[note]}")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
@@ -76,16 +79,18 @@ class _Pace:
 
 
 class _PlainProgress:
-    def __init__(self, display: Display, pace: _Pace, unit: str):
+    def __init__(self, display: Display, pace: _Pace, unit: str, says_end: bool):
         self._display, self._pace, self._unit = display, pace, unit
         self._last, self._note = time.monotonic(), ""
+        self._says_end = says_end
 
     def update(self, done: int, note: str = "") -> None:
         self._note = note or self._note
         rate, total, now = self._pace.rate(done), self._pace.total, time.monotonic()
-        if now - self._last < LINE_SECONDS and done < total:
+        ends = self._says_end and done >= total
+        if now - self._last < LINE_SECONDS and not ends:
             return
-        self._last = now
+        self._last, self._says_end = now, self._says_end and not ends
         left = f", {rate:.1f}/s, {(total - done) / rate:.0f} s left" if rate > 0 else ""
         text = f"{done}/{total} {self._unit}{left}"
         self._display.line(f"{text}; {self._note}" if self._note else text)

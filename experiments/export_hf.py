@@ -80,8 +80,8 @@ def write(context: Context, checkpoint: Any, target: Any) -> dict[str, Any]:
     if exported.padding_rows:
         context.display.line(f"the last {exported.padding_rows} rows of the embedding belong to no token, and stay")
     with context.display.megabytes() as show:
-        huggingface.export(tensors, exported, target, on_progress=show)
-    context.display.line(str(target))
+        written = huggingface.export(tensors, exported, target, on_progress=show)
+    context.display.line(str(target) if written else f"{target} holds this export already")
     compared = _compare(context, checkpoint, target, config, tokenizer) if section["compare"] else {}
     return compared | {
         "params_total": models.count(config),

@@ -69,13 +69,11 @@ def main() -> None:
         named = flags.FLAGS
         prompts = read_prompts(named.prompt, named.prefix, named.suffix, named.file, named.cursor)
         loaded = loading.load(config, NAME, command.tool_workdir())
-        stream = sys.stdout.isatty() if flags.FLAGS.stream is None else flags.FLAGS.stream
+        stream = sys.stdout.isatty() if named.stream is None else named.stream
         count = len(prompts) * config[NAME]["num_samples"]
-        writer = Writer(
-            sys.stdout.buffer, count, stream=stream, end_lines=sys.stdout.isatty(), as_json=flags.FLAGS.json
-        )
+        writer = Writer(sys.stdout.buffer, count, stream=stream, end_lines=sys.stdout.isatty(), as_json=named.json)
         with _unless_closed():
-            run(loaded, config, prompts, writer, display, echo=flags.FLAGS.echo)
+            run(loaded, config, prompts, writer, display, echo=named.echo)
 
     command.execute(work, required=(), resumable=False)
 
@@ -156,7 +154,12 @@ def run(
         for each in prompts
     ]
     longest = max(map(len, tokens)) + section["max_new_tokens"]
+    if (trained := loaded.config.max_length) is not None and longest > trained:
+        display.line(
+            f"{longest} tokens of prompt and answer are more than the {trained} that the model was trained for"
+        )
     engine = loaded.engine(max_rows=min(section["max_rows"], writer.count), max_tokens=longest)
+    generations = []
     for index in range(writer.count):
         prompt, sample = divmod(index, section["num_samples"])
         before, behind = (prompts[prompt].text, prompts[prompt].suffix or "") if echo else ("", "")
@@ -166,13 +169,15 @@ def run(
             tokens[prompt], section["max_new_tokens"], section["temperature"], section["top_k"], section["top_p"],
             loaded.stop_tokens, seed, sample=index, on_token=answer.on_token, on_end=answer.on_end,
         )  # fmt: skip
-        engine.submit(request)
-    if writer.count == 1:
+        generations.append(engine.submit(request))
+    alone = generations[0] if writer.count == 1 else None
+    if alone is not None and writer.streams:
         engine.run()
         return
-    with display.progress(writer.count, "answers") as update:
+    total, unit = (writer.count, "answers") if alone is None else (section["max_new_tokens"], "tokens")
+    with display.progress(total, unit, says_end=alone is None) as update:
         while engine.step():
-            update(writer.ended)
+            update(writer.ended if alone is None else len(alone.tokens))
 
 
 @contextlib.contextmanager

@@ -173,7 +173,7 @@ def export(
     *,
     on_progress: checkpoints.Progress | None = None,
     memory_bytes: int = checkpoints.MEMORY_BYTES,
-) -> None:
+) -> bool:
     """Writes the folder; `target` appears at the end, whole. Goes on, file by file, where a killed call was.
 
     Args:
@@ -182,6 +182,9 @@ def export(
       target: the folder, which must not exist (or be the same export, and then nothing is done).
       on_progress: told bytes written and bytes in all, in this thread.
       memory_bytes: about what may be held at once; a single tensor may need more.
+
+    Returns:
+      Whether it was written: False if it was there.
 
     Raises:
       UserError: the folder exists, other work was begun beside it, a number that does not fit its dtype, a full disk.
@@ -193,7 +196,7 @@ def export(
             _reads(place / name) == json.loads(exported.texts[name]) for name in ("kwaicoder.json", "config.json")
         )
         if same and all((place / shard.name).exists() for shard in exported.shards):
-            return
+            return False
         raise UserError("exists already", where=str(place), remedy="choose another folder or remove it")
     partial = place.parent / f".{place.name}.partial"
     if (partial / _BEGUN).exists() and _reads(partial / _BEGUN) != work:
@@ -213,6 +216,7 @@ def export(
             files.write_text(partial / name, text)
         (partial / _BEGUN).unlink()
         partial.rename(place)
+        return True
     except OSError as error:
         what = f"{error.strerror or error}, with {exported.nbytes / 1e9:.1f} GB to write in all"
         raise UserError(what, where=str(place), remedy="make room, and the same command goes on from there") from error

@@ -1,5 +1,6 @@
 """The text of generate against tokens of `inference.generate` decoded, and what its flags ask for and refuse."""
 
+import dataclasses
 import io
 import json
 import os
@@ -230,3 +231,19 @@ def test_it_is_stopped_quietly(stage, number, status):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (status, b"")
+
+
+def test_a_single_answer_that_does_not_stream_shows_its_progress_if_it_takes_long(loaded, capsys, monkeypatch):
+    answers(loaded, of("x"))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("experiments.display.LINE_SECONDS", 0.0)
+    answers(loaded, of("x"))
+    assert f"{NEW}/{NEW} tokens" in capsys.readouterr().err
+    answers(loaded, of("x"), stream=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_more_tokens_than_the_model_was_trained_for_are_said(loaded, capsys):
+    short = dataclasses.replace(loaded, config=loaded.config.replace(max_length=NEW))
+    answers(short, of("xyz"), stream=True)
+    assert f"are more than the {NEW} that the model was trained for" in capsys.readouterr().err

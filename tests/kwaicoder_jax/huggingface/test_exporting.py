@@ -37,7 +37,7 @@ def dense(**changes):
 def exported(place, params, config, **options):
     stored = checkpoints.from_params(jax.tree.map(np.asarray, params))
     planned = huggingface.plan_export(stored, config, **options)
-    huggingface.export(stored, planned, place)
+    assert huggingface.export(stored, planned, place)
     return planned
 
 
@@ -218,7 +218,8 @@ def test_a_folder_that_is_there_is_not_overwritten(tmp_path):
     (tmp_path / "out").mkdir()
     exported(tmp_path / "out", params, config)  # an empty one is no loss
     written = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
-    exported(tmp_path / "out", params, config)
+    stored = checkpoints.from_params(jax.tree.map(np.asarray, params))
+    assert not huggingface.export(stored, huggingface.plan_export(stored, config), tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == written
     with pytest.raises(UserError, match="out: exists already; choose another folder or remove it"):
         exported(tmp_path / "out", params, config.replace(rope_theta=5.0))
