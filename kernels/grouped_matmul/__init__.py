@@ -2,5 +2,7 @@
 
 from kernels.grouped_matmul.api import Backend, grouped_matmul
 from kernels.grouped_matmul.expert_mlp import expert_mlp, expert_rows
+from kernels.grouped_matmul.local_experts import local_expert_mlp
+from kernels.grouped_matmul.mlp_types import PROJECTIONS
 
-__all__ = ["Backend", "expert_mlp", "expert_rows", "grouped_matmul"]
+__all__ = ["PROJECTIONS", "Backend", "expert_mlp", "expert_rows", "grouped_matmul", "local_expert_mlp"]

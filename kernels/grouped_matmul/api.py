@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Callable
+from types import ModuleType
 
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import cpu, ragged_dot, reference
+from kernels.grouped_matmul import cpu, megablox, ragged_dot, reference
 
 
 class Backend(enum.StrEnum):
@@ -21,6 +23,7 @@ class Backend(enum.StrEnum):
     CPU = "cpu"  # loops over row tiles; compiles everywhere, fast on CPU
     REFERENCE = "reference"  # one-hot masks, float32: G times the work
     RAGGED_DOT = "ragged_dot"  # jax.lax.ragged_dot; on CPU and in drhs also G times the work
+    MEGABLOX = "megablox"  # jax's Pallas kernels for TPU
 
 
 def grouped_matmul(
@@ -53,23 +56,47 @@ def grouped_matmul(
     return _grouped_matmul(Backend(backend), lhs_MK, rhs_GKN, group_sizes_G.astype(jnp.int32))
 
 
-def product(backend: Backend, lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
-    """The forward product, and dlhs with `rhs` transposed; not differentiable."""
-    if backend is Backend.AUTO:
-        return jax.lax.platform_dependent(
-            lhs_MK, rhs_GKN, group_sizes_G, cpu=cpu.product, default=ragged_dot.product
-        )  # fmt: skip
-    return _BACKENDS[backend].product(lhs_MK, rhs_GKN, group_sizes_G)
+def product(
+    backend: Backend,
+    lhs_MK: jax.Array,
+    rhs_GKN: jax.Array,
+    group_sizes_G: jax.Array,
+    *,
+    transpose_rhs: bool = False,
+) -> jax.Array:
+    """The forward product; dlhs with `transpose_rhs`, for which `rhs` is [G, N, K]; not differentiable."""
+
+    def by(module: ModuleType) -> Callable[..., jax.Array]:
+        if transpose_rhs and module is megablox:  # reads them as they lie
+            return functools.partial(megablox.product, transpose_rhs=True)
+        if transpose_rhs:
+            return lambda lhs_MK, rhs_GNK, sizes_G: module.product(lhs_MK, rhs_GNK.swapaxes(1, 2), sizes_G)
+        return module.product
+
+    return _dispatch(backend, by, lhs_MK, rhs_GKN, group_sizes_G)
 
 
 def outer(backend: Backend, lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
     """The product drhs[g] = lhs[rows of g]^T @ dout[rows of g]: [G, K, N]; not differentiable."""
-    if backend is Backend.AUTO:
-        return jax.lax.platform_dependent(lhs_MK, dout_MN, group_sizes_G, cpu=cpu.outer, default=ragged_dot.outer)
-    return _BACKENDS[backend].outer(lhs_MK, dout_MN, group_sizes_G)
+    return _dispatch(backend, lambda module: module.outer, lhs_MK, dout_MN, group_sizes_G)
 
 
-_BACKENDS = {Backend.CPU: cpu, Backend.REFERENCE: reference, Backend.RAGGED_DOT: ragged_dot}
+_BACKENDS = {
+    Backend.CPU: cpu,
+    Backend.REFERENCE: reference,
+    Backend.RAGGED_DOT: ragged_dot,
+    Backend.MEGABLOX: megablox,
+}
+
+
+def _dispatch(
+    backend: Backend, function_of: Callable[[ModuleType], Callable[..., jax.Array]], *operands: jax.Array
+) -> jax.Array:
+    if backend is not Backend.AUTO:
+        return function_of(_BACKENDS[backend])(*operands)
+    return jax.lax.platform_dependent(
+        *operands, cpu=function_of(cpu), tpu=function_of(megablox), default=function_of(ragged_dot)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,7 +115,7 @@ def _forward(
 
 def _backward(backend: Backend, residuals: _Residuals, dout_MN: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     lhs_MK, rhs_GKN, group_sizes_G = residuals
-    dlhs_MK = product(backend, dout_MN, rhs_GKN.swapaxes(1, 2), group_sizes_G)
+    dlhs_MK = product(backend, dout_MN, rhs_GKN, group_sizes_G, transpose_rhs=True)
     drhs_GKN = outer(backend, lhs_MK, dout_MN, group_sizes_G)
     return dlhs_MK, drhs_GKN, None
 

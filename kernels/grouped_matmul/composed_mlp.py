@@ -40,11 +40,11 @@ def backward(
     weight_R1 = take_rows(weight_MX.reshape(-1, 1), routing.slot_R)
 
     h_RF, pull = jax.vjp(functools.partial(gated, activation), saved.gate_RF, saved.up_RF)
-    dh_RF = product(backend, dy_RD, down_EFD.swapaxes(1, 2), sizes_E).astype(jnp.float32)
+    dh_RF = product(backend, dy_RD, down_EFD, sizes_E, transpose_rhs=True).astype(jnp.float32)
     dweight_R = jnp.sum(dh_RF * h_RF, axis=-1)
     dgate_RF, dup_RF = pull(dh_RF * weight_R1)
-    dx_RD = product(backend, dgate_RF, gate_EDF.swapaxes(1, 2), sizes_E).astype(jnp.float32)
-    dx_RD = dx_RD + product(backend, dup_RF, up_EDF.swapaxes(1, 2), sizes_E).astype(jnp.float32)
+    dx_RD = product(backend, dgate_RF, gate_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
+    dx_RD = dx_RD + product(backend, dup_RF, up_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
     return Gradients(
         x_MD=weighted_sum(dx_RD, routing.row_MX).astype(dtype),
         weight_MX=take_rows(dweight_R, routing.row_MX),

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from kernels.grouped_matmul import composed_mlp, cpu_mlp
 from kernels.grouped_matmul.api import Backend
-from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved
+from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved, named
 from kernels.routing import Routing, combine
 
 
@@ -119,7 +119,7 @@ def _forward(
     backend: Backend, activation: Activation, arguments: Arguments, routing: Routing
 ) -> tuple[jax.Array, _Residuals]:
     rows_RD, saved = _compute(backend, activation, arguments, routing)
-    return combine(rows_RD, arguments.weight_MX, routing), (arguments, routing, saved)
+    return combine(rows_RD, arguments.weight_MX, routing), (arguments, routing, named(saved))
 
 
 def _backward(

@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+PROJECTIONS = "projections"  # name of what Saved holds, for `jax.checkpoint` policies
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -29,6 +32,11 @@ class Saved(NamedTuple):
 
     gate_RF: jax.Array
     up_RF: jax.Array
+
+
+def named(saved: Saved) -> Saved:
+    """The same, under the name that a policy may keep."""
+    return Saved(*(checkpoint_name(x_RF, PROJECTIONS) for x_RF in saved))
 
 
 def gated(activation: Activation, gate_RF: jax.Array, up_RF: jax.Array) -> jax.Array:

@@ -1,5 +1,5 @@
 """Rows from token order to expert order and back; see `api`."""
 
-from kernels.routing.api import Routing, combine, permute, sort_by_expert
+from kernels.routing.api import ORDER, Routing, combine, permute, sort_by_expert
 
-__all__ = ["Routing", "combine", "permute", "sort_by_expert"]
+__all__ = ["ORDER", "Routing", "combine", "permute", "sort_by_expert"]

@@ -12,6 +12,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+ORDER = "order"  # name of a Routing, for `jax.checkpoint` policies
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +57,9 @@ def sort_by_expert(experts_MX: jax.Array, num_experts: int) -> Routing:
     row_R = jnp.zeros_like(slots_R).at[slot_R].set(slots_R, unique_indices=True, mode="promise_in_bounds")
     experts_1E = jnp.arange(num_experts, dtype=jnp.int32).reshape(1, -1)
     group_sizes_E = jnp.sum(expert_R.reshape(-1, 1) == experts_1E, axis=0, dtype=jnp.int32)
-    return Routing(slot_R, row_R.reshape(experts_MX.shape), group_sizes_E)
+    return jax.tree.map(
+        lambda x: checkpoint_name(x, ORDER), Routing(slot_R, row_R.reshape(experts_MX.shape), group_sizes_E)
+    )
 
 
 def take_rows(rows_RD: jax.Array, index_N: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 from kwaicoder_jax.models.attention import Cache
 from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
-from kwaicoder_jax.models.config import ModelConfig, Runtime
+from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.flops import forward_flops_per_token, train_flops_per_token
 from kwaicoder_jax.models.moe import RouterStatistics, choose_experts
@@ -20,6 +20,7 @@ from kwaicoder_jax.models.parameters import (
     init,
     unflatten,
 )
+from kwaicoder_jax.models.remat import Remat
 from kwaicoder_jax.models.rotary import is_dynamic
 from kwaicoder_jax.models.statistics import sequence_statistics
 from kwaicoder_jax.models.stored import StoredMatrix
@@ -29,6 +30,7 @@ from kwaicoder_jax.models.vocabulary import cross_entropy, logits, projection
 __all__ = [
     "Cache",
     "Declaration",
+    "Dispatch",
     "ExpertsConfig",
     "GroupScore",
     "MlaConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "Output",
     "Params",
     "QkNorm",
+    "Remat",
     "RopeKind",
     "RopeScaling",
     "Router",

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kwaicoder_jax.models import remat
 from kwaicoder_jax.models.attention_config import QkNorm
 from kwaicoder_jax.models.attention_ops import dot_product_attention
 from kwaicoder_jax.models.config import ModelConfig, Runtime
@@ -76,6 +77,7 @@ class Attention(nn.Module):
         q_BTHN = self._rotated("query", "heads", x_BTD, query_DHN, tokens)
         k_BSKN = self._rotated("key", "kv_heads", x_BTD, key_DKN, tokens)
         v_BSKN = self._clipped(self._biased("value", "kv_heads", project(x_BTD, value_DKN)))
+        q_BTHN, k_BSKN, v_BSKN = (remat.named(x, remat.HEADS) for x in (q_BTHN, k_BSKN, v_BSKN))
         if layer_cache is not None:
             layer_cache, (k_BSKN, v_BSKN) = updated(layer_cache, (k_BSKN, v_BSKN), tokens)
         mixed_BTHN = dot_product_attention(
@@ -84,6 +86,7 @@ class Attention(nn.Module):
             v_BSKN,
             same_sequence=k_BSKN.shape[1] == x_BTD.shape[1],
             backend=self.runtime.attention,
+            platform=self.runtime.platform,
             **tokens.masks(),
         )
         return write(self, c, mixed_BTHN, out_HND, tokens), layer_cache
@@ -141,7 +144,7 @@ def write(
     module: nn.Module, config: ModelConfig, mixed_BTHN: jax.Array, out_HND: jax.Array, tokens: Tokens
 ) -> jax.Array:
     """What the heads' outputs add to the residual stream, with their statistics; in the module's compact call."""
-    y_BTD = project(mixed_BTHN, out_HND, inner=2)
+    y_BTD = remat.named(project(mixed_BTHN, out_HND, inner=2), remat.MIXED)
     if recording(module):
         mask_BT = tokens.segments_BT > 0
         record(module, "heads", jnp.linalg.norm(mixed_BTHN.astype(jnp.float32), axis=-1), mask_BT)

@@ -6,15 +6,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kwaicoder_jax.models import splash_attention
+from kwaicoder_jax.models.attention_sharding import on_each_device
+from kwaicoder_jax.models.remat import ATTENTION, named
+
 _MASKED = -1e30
 
 
 class AttentionBackend(enum.StrEnum):
     """Which implementation computes attention."""
 
-    AUTO = "auto"  # blocked where it applies (same_sequence), else by rows
+    AUTO = "auto"  # splash on TPU where it fits, blocked where it applies (same_sequence), else by rows
     REFERENCE = "reference"  # the full square of scores, in float32
     BLOCKED = "blocked"  # blocks of queries against the keys up to the block's end; the backward pass recomputes
+    SPLASH = "splash"  # jax's Pallas kernels for TPU; what they do not fit is done as by "auto" elsewhere
 
 
 def dot_product_attention(
@@ -30,6 +35,7 @@ def dot_product_attention(
     window: jax.Array | None = None,
     scale: float | None = None,
     backend: str = "auto",
+    platform: str | None = None,
 ) -> jax.Array:
     """Softmax attention inside a segment, at or before a query's position.
 
@@ -46,6 +52,7 @@ def dot_product_attention(
       window: how many last positions a query sees, its own included, an int32 scalar; 0 or None for all of them.
       scale: what scores are multiplied with; None for 1 / sqrt(N).
       backend: a value of AttentionBackend.
+      platform: what "auto" chooses for, as jax names it ("cpu", "tpu", "gpu").
 
     Returns:
       [B, T, H, width of the values] in the dtype of the queries.
@@ -54,6 +61,11 @@ def dot_product_attention(
     batch, time, heads, width = q_BTHN.shape
     groups = k_BSKN.shape[2]
     scale = width**-0.5 if scale is None else scale
+    on_tpu = chosen is AttentionBackend.SPLASH or (chosen is AttentionBackend.AUTO and platform == "tpu")
+    if on_tpu and same_sequence and window is None and splash_attention.fits(time, width, v_BSKN.shape[-1]):
+        return on_each_device(
+            functools.partial(splash_attention.attention, scale=scale), (q_BTHN, k_BSKN, v_BSKN), q_segments_BT
+        )
     masks = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
     out_shape = (batch, time, heads, v_BSKN.shape[-1])
     q_BTKGN = q_BTHN.reshape(batch, time, groups, heads // groups, width)
@@ -203,8 +215,8 @@ def _blocked_forward(
         )
         outs.append((mixed_BKRN / total_BKR1).reshape(batch, groups, end - first, shared, width))
         logs.append((peak_BKR1 + jnp.log(total_BKR1)).reshape(batch, groups, end - first, shared, 1))
-    out_BKTGN = jnp.concatenate(outs, axis=2).astype(q_BKTGN.dtype)
-    return out_BKTGN, (q_BKTGN, k_BKSN, v_BKSN, masks, out_BKTGN, jnp.concatenate(logs, axis=2))
+    out_BKTGN = named(jnp.concatenate(outs, axis=2).astype(q_BKTGN.dtype), ATTENTION)
+    return out_BKTGN, (q_BKTGN, k_BKSN, v_BKSN, masks, out_BKTGN, named(jnp.concatenate(logs, axis=2), ATTENTION))
 
 
 def _blocked_backward(

@@ -6,6 +6,7 @@ Dimension letters, here and everywhere:
 """
 
 import dataclasses
+import enum
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +16,7 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
 from kwaicoder_jax.models.attention_ops import AttentionBackend
 from kwaicoder_jax.models.experts_config import ExpertsConfig
+from kwaicoder_jax.models.remat import Remat
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -158,25 +160,40 @@ def _build(cls: type, values: dict[str, Any], where: str) -> Any:
         raise UserError(str(error), where=where, remedy=f"the fields are {sorted(known)}") from error
 
 
+class Dispatch(enum.StrEnum):
+    """What travels along the mesh's expert axis, so that tokens and experts meet. No token is dropped."""
+
+    WEIGHTS = "weights"  # the weights of all experts come to the tokens: bytes do not grow with the batch
+    TOKENS = "tokens"  # a gather of tokens and a scatter of outputs: bytes do not grow with the experts
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
     """How a model is computed, not what it computes: nothing here changes a result beyond rounding.
 
     Attributes:
-      remat: what the backward pass recomputes: "none", or "full" (every layer from its input).
+      remat: what the backward pass recomputes, a value of Remat.
       scan_unroll: layers per iteration of the scan over layers; 0 unrolls them all.
       attention: back end of attention, see `attention_ops.AttentionBackend`.
       experts: back end of the grouped matmul, see `kernels.grouped_matmul.Backend`.
+      dispatch: a value of Dispatch.
+      expert_buffer: with Dispatch.TOKENS, rows that a device works on at once, over those of even routing. What is
+        beyond is done in further passes, with work done twice.
+      platform: what "auto" chooses for ("cpu", "tpu", "gpu"); None for plain XLA.
     """
 
     remat: str = "none"
     scan_unroll: int = 1
     attention: str = "auto"
     experts: str = "auto"
+    dispatch: str = Dispatch.WEIGHTS
+    expert_buffer: float = 1.5
+    platform: str | None = None
 
     def __post_init__(self):
         choices: dict[str, Iterable[str]] = {
-            "remat": ("none", "full"),
+            "remat": Remat,
+            "dispatch": Dispatch,
             "attention": AttentionBackend,
             "experts": grouped_matmul.Backend,
         }
@@ -184,6 +201,10 @@ class Runtime:
             if getattr(self, name) not in list(allowed):
                 remedy = f"use {', '.join(allowed)}"
                 raise UserError(f"no choice {getattr(self, name)!r}", where=f"runtime.{name}", remedy=remedy)
+        object.__setattr__(self, "remat", Remat(self.remat))
+        object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
+        if not 1.0 <= self.expert_buffer < math.inf:
+            raise UserError(f"{self.expert_buffer}", where="runtime.expert_buffer", remedy="use 1 or more")
         if self.scan_unroll < 0:
             raise UserError(f"{self.scan_unroll} layers", where="runtime.scan_unroll", remedy="use 1, or 0 for all")
 

@@ -9,43 +9,19 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, token_axes, weight_axis
 
 Outputs = TypeVar("Outputs")
 LocalFunction = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Outputs]]
 
-# Mesh axes, by the names that training.mesh gives them: those that split the tokens, and those of [E, D, F] weights.
-TOKEN_AXES = ("data", "fsdp", "expert")
-WEIGHT_AXES = ("expert", "fsdp", "tensor")
-
-
-def token_mesh(x: jax.Array, batch: int) -> AbstractMesh | None:
-    """The mesh that `x` is on, read from its type; None where there is nothing to split.
-
-    That is: no mesh, one device, a batch that the devices cannot share evenly, or a caller that is already inside a
-    shard_map.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    if mesh.empty or mesh.size == 1 or any(kind is not AxisType.Auto for kind in mesh.axis_types):
-        return None
-    return mesh if batch % _devices(mesh, TOKEN_AXES) == 0 else None
-
-
-def _devices(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
-    count = 1
-    for axis in axes:
-        count *= mesh.shape.get(axis, 1)
-    return count
-
-
-def _weight_axis(mesh: AbstractMesh, axis: str, size: int) -> str | None:
-    """`axis`, where it can split a dimension of `size`; otherwise the weights come in whole, gathered by XLA."""
-    return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+WEIGHT_AXES = ("expert", EMBED_AXIS, TENSOR_AXIS)  # of [E, D, F] weights
 
 
 def neuron_axis(mesh: AbstractMesh | None, neurons: int) -> str | None:
     """The mesh axis over which the function of `on_each_shard` sees a part of the neurons, if there is one."""
-    return None if mesh is None else _weight_axis(mesh, WEIGHT_AXES[-1], neurons)
+    return None if mesh is None else weight_axis(mesh, WEIGHT_AXES[-1], neurons)
 
 
 def on_each_shard(
@@ -72,7 +48,7 @@ def on_each_shard(
     if mesh is None:
         return function(router_ME, x_MD, gate_EDF, up_EDF, down_EFD)
     expert, fsdp, tensor = (
-        _weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
+        weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
     )
 
     def gathered(weights: jax.Array, embed_axis: int) -> jax.Array:
@@ -87,7 +63,7 @@ def on_each_shard(
         y_MD, rest = function(router_ME, x_MD, gathered(gate_EDF, 1), gathered(up_EDF, 1), gathered(down_EFD, 2))
         return (y_MD if tensor is None else jax.lax.psum(y_MD, tensor)), rest
 
-    tokens = PartitionSpec(tuple(axis for axis in TOKEN_AXES if axis in mesh.shape))
+    tokens = PartitionSpec(token_axes(mesh))
     weights_in, weights_out = PartitionSpec(expert, fsdp, tensor), PartitionSpec(expert, tensor, fsdp)
     # check_vma would want every zero that starts a loop inside the kernels to be marked as varying over the mesh.
     return jax.shard_map(
@@ -97,3 +73,60 @@ def on_each_shard(
         out_specs=tokens,
         check_vma=False,
     )(router_ME, x_MD, gate_EDF, up_EDF, down_EFD)
+
+
+Choice = tuple[jax.Array, jax.Array]  # combine weights and experts, [M, X]
+LocalExperts = Callable[[jax.Array, Choice, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def tokens_to_experts(
+    function: LocalExperts,
+    mesh: AbstractMesh,
+    choice: Choice,
+    x_MD: jax.Array,
+    gate_EDF: jax.Array,
+    up_EDF: jax.Array,
+    down_EFD: jax.Array,
+) -> jax.Array:
+    """Expert parallelism: the tokens of an expert group come to each of its devices, and what they add goes back.
+
+    A gather and a scatter of [M, D] over the expert axis, in place of a gather of the weights of all experts.
+
+    Args:
+      function: (x_MD, choice, gate_EDF, up_EDF, down_EFD) -> [M, D] float32, what the given experts add; experts are
+        counted from the first of those given. Additive over slices of F, as in `on_each_shard`.
+      mesh: from `token_mesh`, with an expert axis that divides E.
+      choice: combine weights and experts of all tokens.
+      x_MD: tokens, batch-major.
+      gate_EDF: gate projections of all experts.
+      up_EDF: up projections.
+      down_EFD: down projections.
+    """
+    expert, fsdp, tensor = (
+        weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
+    )
+    assert expert is not None
+
+    def gathered(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
+        return x if axis is None else jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+
+    def local(choice: Choice, x_MD: jax.Array, *weights: jax.Array) -> jax.Array:
+        weights = tuple(gathered(w, fsdp, dimension) for w, dimension in zip(weights, (1, 1, 2), strict=True))
+        weight_MX, index_MX = (gathered(each, expert, 0) for each in choice)
+        index_MX = index_MX - jax.lax.axis_index(expert) * weights[0].shape[0]
+        y_MD = function(gathered(x_MD, expert, 0), (weight_MX, index_MX), *weights).astype(x_MD.dtype)
+        y_MD = jax.lax.psum_scatter(y_MD, expert, scatter_dimension=0, tiled=True)
+        return y_MD if tensor is None else jax.lax.psum(y_MD, tensor)
+
+    tokens = PartitionSpec(token_axes(mesh))
+    weights_in, weights_out = PartitionSpec(expert, fsdp, tensor), PartitionSpec(expert, tensor, fsdp)
+    in_specs = (tokens, tokens, weights_in, weights_in, weights_out)
+    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)(
+        choice, x_MD, gate_EDF, up_EDF, down_EFD
+    )
+
+
+def expert_shares(mesh: AbstractMesh | None, experts: int) -> int:
+    """Into how many parts the mesh can split that many experts."""
+    axis = None if mesh is None else weight_axis(mesh, WEIGHT_AXES[0], experts)
+    return 1 if mesh is None or axis is None else mesh.shape[axis]

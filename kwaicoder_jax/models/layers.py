@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.grouped_matmul import PROJECTIONS
 from kwaicoder_jax.models.config import ModelConfig
 from kwaicoder_jax.models.statistics import energy_share, record, recording, store
 from kwaicoder_jax.models.stored import StoredMatrix
@@ -108,8 +109,12 @@ class DenseMLP(nn.Module):
         down_FD = declare(self, "down", (self.width, c.model_dim), (self.axis, "embed"), out_init, c.param_dtype)
         biases: list[jax.Array | None] = [None, None, None]
         if c.mlp_bias:
-            named = (("gate_bias", self.width, self.axis), ("up_bias", self.width, self.axis))
-            biases = [declare_bias(self, *one, c) for one in (*named, ("down_bias", c.model_dim, "embed"))]
-        a_BTF = nn.silu(plus(project(x_BTD, gate_DF), biases[0])) * plus(project(x_BTD, up_DF), biases[1])
+            wanted = (("gate_bias", self.width, self.axis), ("up_bias", self.width, self.axis))
+            biases = [declare_bias(self, *one, c) for one in (*wanted, ("down_bias", c.model_dim, "embed"))]
+        gate_BTF, up_BTF = (
+            plus(named(project(x_BTD, weight_DF), PROJECTIONS), bias)
+            for weight_DF, bias in ((gate_DF, biases[0]), (up_DF, biases[1]))
+        )
+        a_BTF = nn.silu(gate_BTF) * up_BTF
         record(self, "neurons", a_BTF, mask_BT)
         return plus(project(a_BTF, down_FD), biases[2])

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from kernels import grouped_matmul, routing
 from kwaicoder_jax.models import expert_biases, expert_statistics
-from kwaicoder_jax.models.config import ModelConfig, Runtime
-from kwaicoder_jax.models.expert_sharding import neuron_axis, on_each_shard, token_mesh
+from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
+from kwaicoder_jax.models.expert_sharding import expert_shares, neuron_axis, on_each_shard, tokens_to_experts
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.layers import DenseMLP, declare, declare_bias, project
+from kwaicoder_jax.models.mesh_axes import token_mesh
 from kwaicoder_jax.models.statistics import recording, store
 
 
@@ -159,7 +160,11 @@ class MoE(nn.Module):
 
         mask_M = mask_BT.reshape(-1)
         router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
-        y_MD, (choice, sums) = on_each_shard(route_and_compute, mesh, router, x_MD, *weights)
+        if not wanted and self.runtime.dispatch is Dispatch.TOKENS and expert_shares(mesh, e.num_experts) > 1:
+            choice, sums = choose_experts(*router[:1], e, router[1]), None
+            y_MD = self._by_tokens(mesh, choice, x_MD, weights)
+        else:
+            y_MD, (choice, sums) = on_each_shard(route_and_compute, mesh, router, x_MD, *weights)
         weight_MX, index_MX, probability_ME = choice
         y_MD = y_MD[:, : c.model_dim] if e.bias else y_MD
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
@@ -169,6 +174,20 @@ class MoE(nn.Module):
             store(self, "expert_neurons", jax.tree.map(lambda sums_EF: sums_EF[:, : e.mlp_dim], neurons))
         y_BTD = y_MD.reshape(x_BTD.shape).astype(c.dtype)
         return (y_BTD + self._shared(x_BTD, mask_BT) if e.shared_mlp_dim else y_BTD), statistics
+
+    def _by_tokens(
+        self, mesh: Any, choice: Choice, x_MD: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> jax.Array:
+        """Expert parallelism: each device computes its own experts, for the tokens of its expert group."""
+        e = self.config.experts
+        assert e is not None
+        even = x_MD.shape[0] * e.experts_per_token // mesh.size  # rows of a device if routing is even
+        rows = -(-int(even * self.runtime.expert_buffer) // 512) * 512
+
+        def local(x_MD: jax.Array, choice: tuple[jax.Array, jax.Array], *weights: jax.Array) -> jax.Array:
+            return grouped_matmul.local_expert_mlp(x_MD, *choice, *weights, rows=rows, backend=self.runtime.experts)
+
+        return tokens_to_experts(local, mesh, choice[:2], x_MD, *weights)
 
     def _biases(self) -> list[jax.Array]:
         """Of gate, up and down, in a compact call."""

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kwaicoder_jax.models import remat
 from kwaicoder_jax.models.attention import Attention, Cache, LayerCache, Tokens
 from kwaicoder_jax.models.config import ModelConfig, Runtime
 from kwaicoder_jax.models.latent_attention import LatentAttention
@@ -114,8 +115,9 @@ class Transformer(nn.Module):
     def _stack(self, name: str, length: int) -> nn.Module:
         """A scan over `length` layers, whose parameters are `name`/..."""
         layer = Layer
-        if self.runtime.remat == "full":
-            layer = nn.remat(Layer, prevent_cse=False)
+        if self.runtime.remat is not remat.Remat.NONE:
+            policy = jax.checkpoint_policies.save_only_these_names(*remat.kept(self.runtime.remat))
+            layer = nn.remat(Layer, prevent_cse=False, policy=policy)
         return nn.scan(
             layer,
             variable_axes={"params": 0, COLLECTION: 0},

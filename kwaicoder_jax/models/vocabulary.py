@@ -1,10 +1,13 @@
 """The vocabulary projection and the losses fused with it."""
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from kwaicoder_jax.models.vocabulary_sharding import on_each_device
 
 
 def projection(params: Any) -> jax.Array:
@@ -31,7 +34,7 @@ def cross_entropy(
 
 
 _CHUNK = 2**22  # logits of one chunk: 16 MiB of float32, measured on CPU (half and twice as much are slower)
-_MOST_CHUNKS = 16  # on a mesh B is the global batch, and a chunk may be that much larger
+_MOST_CHUNKS = 16  # every chunk adds to a gradient as large as the projection
 
 
 def _split(x_BT: jax.Array, chunks: int) -> jax.Array:
@@ -52,12 +55,26 @@ def _chunked(
     hidden_BTD: jax.Array, projection_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *, gradients: bool
 ) -> tuple[jax.Array, Any]:
     """-log p of each target, [B, T]; with `gradients` also those of the masked sum by hidden and projection."""
+    local = functools.partial(_on_one_device, gradients=gradients)
+    tokens, projections = (hidden_BTD, targets_BT, mask_BT), (projection_VD.astype(hidden_BTD.dtype),)
+    (loss_BT, dhidden_BTD), sums = on_each_device(local, tokens, projections, sums=gradients)
+    return loss_BT, (dhidden_BTD, *sums)
+
+
+def _on_one_device(
+    tokens: Sequence[jax.Array], projections: Sequence[jax.Array], vocab_axis: str | None, *, gradients: bool
+) -> tuple[Any, Sequence[jax.Array]]:
+    """See `vocabulary_sharding.LocalLoss`; without `gradients` there is no sum."""
+    (hidden_BTD, targets_BT, _), (matrix_VD,) = tokens, projections
     batch, time, width = hidden_BTD.shape
-    vocab, dtype = projection_VD.shape[0], hidden_BTD.dtype
+    vocab, dtype = matrix_VD.shape[0], hidden_BTD.dtype
     chunks = min(_MOST_CHUNKS, time, -(-batch * time * vocab // _CHUNK))
-    matrix_VD = projection_VD.astype(dtype)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    vocab_V11 = jnp.arange(vocab, dtype=targets_BT.dtype)[:, None, None]
+    first = 0 if vocab_axis is None else vocab * jax.lax.axis_index(vocab_axis)
+    vocab_V11 = first + jnp.arange(vocab, dtype=targets_BT.dtype)[:, None, None]
+
+    def over_vocabulary(reduce: Callable[..., jax.Array], x_Bt: jax.Array) -> jax.Array:
+        return x_Bt if vocab_axis is None else reduce(x_Bt, vocab_axis)
 
     def chunk(total_VD: Any, inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         hidden_BtD, targets_Bt, mask_Bt = inputs
@@ -65,25 +82,26 @@ def _chunked(
         # copy before each (1.4 times the time of the whole loss).
         logits_VBt = einsum("VD,BtD->VBt", matrix_VD, hidden_BtD)
         hit_VBt = vocab_V11 == targets_Bt[None]
-        peak_Bt = jnp.max(logits_VBt, axis=0)
+        peak_Bt = over_vocabulary(jax.lax.pmax, jnp.max(logits_VBt, axis=0))
         weights_VBt = jnp.exp(logits_VBt - peak_Bt[None])
-        sum_Bt = jnp.sum(weights_VBt, axis=0)
-        loss_Bt = peak_Bt + jnp.log(sum_Bt) - jnp.sum(jnp.where(hit_VBt, logits_VBt, 0.0), axis=0)
+        sum_Bt = over_vocabulary(jax.lax.psum, jnp.sum(weights_VBt, axis=0))
+        target_Bt = over_vocabulary(jax.lax.psum, jnp.sum(jnp.where(hit_VBt, logits_VBt, 0.0), axis=0))
+        loss_Bt = peak_Bt + jnp.log(sum_Bt) - target_Bt
         if not gradients:
             return total_VD, (loss_Bt, None)
         dlogits_VBt = weights_VBt * (mask_Bt / sum_Bt)[None] - jnp.where(hit_VBt, mask_Bt[None], 0.0)
         dlogits_VBt = dlogits_VBt.astype(dtype)
         # No float32 result here: XLA on CPU has no bfloat16 product of that kind in this layout.
-        dhidden_DBt = jnp.einsum("VD,VBt->DBt", matrix_VD, dlogits_VBt)
+        dhidden_DBt = over_vocabulary(jax.lax.psum, jnp.einsum("VD,VBt->DBt", matrix_VD, dlogits_VBt))
         return total_VD + einsum("VBt,BtD->VD", dlogits_VBt, hidden_BtD), (loss_Bt, dhidden_DBt)
 
-    parts = tuple(_split(x, chunks) for x in (hidden_BTD, targets_BT, mask_BT))
+    parts = tuple(_split(x, chunks) for x in tokens)
     start_VD = jnp.zeros((vocab, width), jnp.float32) if gradients else None
     total_VD, (loss_CBt, dhidden_CDBt) = jax.lax.scan(chunk, start_VD, parts)
     loss_BT = _join(loss_CBt, time)
     if not gradients:
-        return loss_BT, None
-    return loss_BT, (_join(dhidden_CDBt.transpose(0, 2, 3, 1), time), total_VD)
+        return (loss_BT, None), []
+    return (loss_BT, _join(dhidden_CDBt.transpose(0, 2, 3, 1), time)), [total_VD]
 
 
 @jax.custom_vjp

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kwaicoder_jax import models
@@ -52,7 +53,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )  # fmt: skip
     if sizes["context"] != 1:
         raise UserError("context parallelism is not available", where="mesh.context", remedy="use 1")
-    return Mesh(np.asarray(devices).reshape(tuple(sizes.values())), tuple(sizes))
+    return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes))
+
+
+def _arranged(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices so that neighbours along an axis are neighbours in the machine, where its shape is known."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
 
 
 def partition(declaration: models.Declaration, mesh: Mesh, name: str = "") -> PartitionSpec:

@@ -1,0 +1,212 @@
+"""What a compiled module executes: FLOPs of products and kernels, and bytes to and from HBM, loops multiplied out.
+
+XLA's own `cost_analysis` counts the body of a loop once, and a kernel's estimate is the work that its caller wanted, not
+the tiles that it runs; here loops count as often as they run, and the caller may say what a kernel executes.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from kwaicoder_jax.hardware.hlo import Array, Computation, Instruction, Module, arrays
+
+KERNELS = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton")
+_FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "iota", "copy-start", "async-start", "call-start", "async-done",
+    "call-done", "rng-get-and-update-state",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One call of a hand-written kernel, for those who know what it does.
+
+    Attributes:
+      name: of the kernel, without the compiler's number.
+      operands: what it reads.
+      results: what it writes.
+      estimated_flops: its author's cost estimate, if there is one.
+    """
+
+    name: str
+    operands: Sequence[Array]
+    results: Sequence[Array]
+    estimated_flops: float | None
+
+
+# What a kernel executes, or None for one that is not known; then its own estimate counts.
+KernelFlops = Callable[[Kernel], float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Of one device, in one run of the module.
+
+    Attributes:
+      flops: multiplications and additions of products.
+      by_kind: the same by "matmul" and by kernel.
+      hbm_bytes: read and written, every instruction's operands and results once.
+      unknown_kernels: calls by name whose work nobody tells; they count nothing.
+      unknown_loops: loops that count as one iteration.
+    """
+
+    flops: float
+    by_kind: Mapping[str, float]
+    hbm_bytes: float
+    unknown_kernels: Mapping[str, int]
+    unknown_loops: Sequence[str]
+
+
+def measure(module: Module, kernel_flops: KernelFlops = lambda kernel: None) -> Work:
+    """Adds up the whole module."""
+    flops: collections.Counter[str] = collections.Counter()
+    unknown: collections.Counter[str] = collections.Counter()
+    moved = 0.0
+    for computation, instruction, times in module.walk():
+        moved += times * _hbm_bytes(module, computation, instruction)
+        for kind, value in _flops(module, computation, instruction, kernel_flops).items():
+            if value is None:
+                unknown[kind] += times
+            else:
+                flops[kind] += times * value
+    return Work(sum(flops.values()), dict(flops), moved, dict(unknown), module.unknown_loops())
+
+
+def computes(module: Module, computation: Computation, instruction: Instruction) -> bool:
+    """Whether the instruction is arithmetic of some size, something that a transfer can hide behind."""
+    if instruction.op in ("while", "convolution", "dot", "fusion"):
+        return True
+    return instruction.op == "custom-call" and _is_kernel(instruction)
+
+
+def _flops(
+    module: Module, computation: Computation, instruction: Instruction, kernel_flops: KernelFlops
+) -> dict[str, float | None]:
+    if instruction.op in ("dot", "convolution"):
+        count = _dot_flops if instruction.op == "dot" else _convolution_flops
+        return {"matmul": count(instruction, computation.operand_types(instruction))}
+    if instruction.op == "custom-call" and _is_kernel(instruction):
+        kernel = _kernel(computation, instruction)
+        known = kernel_flops(kernel)
+        return {kernel.name: kernel.estimated_flops if known is None else known}
+    if instruction.op == "custom-call" and "gemm" in (instruction.attribute(r'custom_call_target="([^"]*)"') or ""):
+        return {"matmul": _gemm_flops(instruction, computation.operand_types(instruction))}
+    total: dict[str, float | None] = {}
+    if instruction.op == "fusion":
+        inner = module.computations[instruction.attribute(r"calls=%?([\w.\-]+)") or ""]
+        for each in inner.values():
+            for kind, value in _flops(module, inner, each, kernel_flops).items():
+                total[kind] = None if value is None else (total.get(kind) or 0.0) + value
+    return total
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    return any(name in (instruction.attribute(r'custom_call_target="([^"]*)"') or "") for name in KERNELS)
+
+
+def _kernel(computation: Computation, instruction: Instruction) -> Kernel:
+    estimate = instruction.attribute(r'cost_estimate"?:\{"flops":"?(\d+)')
+    read = [array for type_ in computation.operand_types(instruction) for array in arrays(type_)]
+    name = re.sub(r"[.\d]+$", "", instruction.name)
+    return Kernel(name, read, arrays(instruction.type), None if estimate is None else float(estimate))
+
+
+def _dot_flops(instruction: Instruction, operands: Sequence[str]) -> float:
+    left = arrays(operands[0])[0].shape
+    contracted = instruction.attribute(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
+    depth = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+    return 2.0 * math.prod(arrays(instruction.type)[0].shape) * depth
+
+
+def _gemm_flops(instruction: Instruction, operands: Sequence[str]) -> float:
+    contracted = instruction.attribute(r'lhs_contracting_dimensions":\["?(\d+)')
+    depth = arrays(operands[0])[0].shape[int(contracted or -1)]
+    return 2.0 * math.prod(arrays(instruction.type)[0].shape) * depth
+
+
+def _convolution_flops(instruction: Instruction, operands: Sequence[str]) -> float:
+    """Only window positions inside the input count; XLA writes products of matrices this way."""
+    left, right = (arrays(type_)[0].shape for type_ in operands[:2])
+    out = arrays(instruction.type)[0].shape
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    assert labels is not None
+    left_axes, right_axes, out_axes = labels.groups()
+    text = instruction.attribute(r"window=\{([^}]*)\}") or ""
+    window = dict(re.findall(r"(\w+)=(\S+)", text))
+    spatial = len(left_axes) - 2
+
+    def option(name: str, default: str) -> list[str]:
+        return window[name].split("x") if name in window else [default] * spatial
+
+    sizes, strides, pads, dilations, steps = (
+        option(name, default)
+        for name, default in (("size", "1"), ("stride", "1"), ("pad", "0_0"), ("lhs_dilate", "1"), ("rhs_dilate", "1"))
+    )
+    positions = 1
+    for axis in range(spatial):
+        positions *= _valid_positions(
+            left[left_axes.index(str(axis))], out[out_axes.index(str(axis))], int(sizes[axis]), int(strides[axis]),
+            int(pads[axis].split("_")[0]), int(dilations[axis]), int(steps[axis]),
+        )  # fmt: skip
+    depth = right[right_axes.index("i")]
+    return 2.0 * out[out_axes.index("b")] * out[out_axes.index("f")] * depth * positions
+
+
+def _valid_positions(size: int, out: int, window: int, stride: int, pad: int, dilation: int, step: int) -> int:
+    if window == 1 and pad == 0 and dilation == 1:
+        return out
+    span, count = (size - 1) * dilation, 0
+    for k in range(window):
+        shift = k * step - pad
+        if dilation == 1:
+            first, last = max(0, -(shift // stride)) if shift < 0 else 0, min(out - 1, (span - shift) // stride)
+            count += max(0, last - first + 1)
+        else:
+            places = (o * stride + shift for o in range(out))
+            count += sum(1 for place in places if 0 <= place <= span and place % dilation == 0)
+    return count
+
+
+def _hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
+    """Operands and results that lie in HBM; of a slice of an array, the slice."""
+    if instruction.op in _FREE or instruction.op.endswith("-done"):
+        return 0.0
+    if instruction.op == "fusion":
+        return _fusion_bytes(module, computation, instruction)
+    if instruction.op == "custom-call":
+        estimate = instruction.attribute(r'bytes_accessed"?:"?(\d+)')
+        if estimate:
+            return float(estimate)
+    types = computation.operand_types(instruction)
+    if instruction.op in ("dynamic-slice", "gather", "slice"):
+        return 2 * _in_hbm(instruction.type)
+    if instruction.op == "dynamic-update-slice":
+        return 2 * _in_hbm(types[1])
+    return sum(map(_in_hbm, types)) + _in_hbm(instruction.type)
+
+
+def _in_hbm(type_: str) -> float:
+    return sum(array.nbytes for array in arrays(type_) if array.in_hbm)
+
+
+def _fusion_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
+    inner = module.computations[instruction.attribute(r"calls=%?([\w.\-]+)") or ""]
+    total = 0.0
+    updated: set[str] = set()
+    for each in inner.values():
+        if each.op == "dynamic-update-slice":
+            total += 2 * _in_hbm(inner[each.operands[1]].type) if each.operands[1] in inner else 0.0
+            updated.add(each.operands[0])
+    for each in inner.values():
+        if each.op != "parameter" or each.name in updated:
+            continue
+        outer = instruction.operands[int(each.argument)]
+        if outer not in computation or not _in_hbm(computation[outer].type):
+            continue
+        users = [user for user in inner.values() if each.name in user.operands]
+        sliced = users and all(user.op in ("dynamic-slice", "slice", "gather") for user in users)
+        total += sum(_in_hbm(user.type) for user in users) if sliced else _in_hbm(computation[outer].type)
+    return total + (0.0 if updated else _in_hbm(instruction.type))

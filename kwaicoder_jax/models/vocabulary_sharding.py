@@ -1,0 +1,66 @@
+"""Losses that end in the vocabulary, on a mesh: the projections come to the tokens, once, and their gradients go back once.
+
+Left to XLA, a loop over slices of time gathers the projection and adds up its gradient over all devices in every slice.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
+
+from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, token_axes, token_mesh, weight_axis
+
+# (token arrays, projections [V, D], mesh axis over which V is split or None) -> (token arrays, sums like projections)
+LocalLoss = Callable[[Sequence[jax.Array], Sequence[jax.Array], str | None], tuple[Any, Sequence[jax.Array]]]
+
+
+def on_each_device(
+    function: LocalLoss, tokens: Sequence[jax.Array], projections: Sequence[jax.Array], *, sums: bool
+) -> tuple[Any, Sequence[jax.Array]]:
+    """Calls `function` with each device's tokens and the whole width of its part of the vocabulary.
+
+    Args:
+      function: see LocalLoss. Where it is told an axis, rows of V on other devices are missing from its sums.
+      tokens: arrays [B, ...] that are split over the batch.
+      projections: matrices [V, D] in the dtype of the computation.
+      sums: whether `function` returns one for each projection; an empty list otherwise.
+
+    Returns:
+      What `function` returns: token arrays as the batch is split, and the sums (over all tokens) as the projections are.
+    """
+    mesh = token_mesh(tokens[0], tokens[0].shape[0])
+    if mesh is None:
+        return function(tokens, projections, None)
+    rows = PartitionSpec(token_axes(mesh))
+    vocab, *embeds = _axes(mesh, projections)
+
+    def local(tokens: Sequence[jax.Array], parts: Sequence[jax.Array]) -> tuple[Any, Sequence[jax.Array]]:
+        whole = [
+            x_VD if axis is None else jax.lax.all_gather(x_VD, axis, axis=1, tiled=True)
+            for x_VD, axis in zip(parts, embeds, strict=True)
+        ]
+        per_token, parts = function(tokens, whole, vocab)
+        return per_token, [_added_up(mesh, x_VD, axis) for x_VD, axis in zip(parts, embeds)]
+
+    specs = [PartitionSpec(vocab, axis) for axis in embeds]
+    # check_vma would want the zeros that start the sums to be marked as varying over the mesh.
+    out_specs = (rows, specs if sums else [])
+    return jax.shard_map(
+        local, mesh=mesh, in_specs=([rows for _ in tokens], specs), out_specs=out_specs, check_vma=False
+    )(list(tokens), list(projections))
+
+
+def _axes(mesh: AbstractMesh, projections: Sequence[jax.Array]) -> list[str | None]:
+    """The mesh axis of the vocabulary, the same for all, and that of each one's width."""
+    vocabs = {weight_axis(mesh, TENSOR_AXIS, x_VD.shape[0]) for x_VD in projections}
+    vocab = vocabs.pop() if len(vocabs) == 1 else None
+    return [vocab, *(weight_axis(mesh, EMBED_AXIS, x_VD.shape[1]) for x_VD in projections)]
+
+
+def _added_up(mesh: AbstractMesh, sum_VD: jax.Array, axis: str | None) -> jax.Array:
+    """The sum over all devices' tokens; each keeps its own columns."""
+    if axis is not None:
+        sum_VD = jax.lax.psum_scatter(sum_VD, axis, scatter_dimension=1, tiled=True)
+    rest = tuple(each for each in token_axes(mesh) if each != axis)
+    return jax.lax.psum(sum_VD, rest) if rest else sum_VD
