@@ -16,26 +16,47 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 LANES = 128
-_MOST = 512  # rows of a tile
-_WIDE = 1024  # of the contracted and the output axis
+_MOST_ROWS = 256  # of a tile
+_DEEP = 4096  # contracted axis of a tile: whole where it can be, so that a matrix is read once for all its rows
+_WIDE = 512  # output axis of a tile
+_SQUARE = 1024  # of a tile of the outer product
 _SHARE = 16  # a group has so many tiles on average, where that leaves LANES rows to a tile
+
+Tiles = tuple[int, int, int]  # of rows, contracted axis and output axis
 
 
 def row_tile(rows: int, groups: int) -> int:
     """Rows of a tile: a power of two from LANES on, for about `_SHARE` tiles a group."""
     wanted = rows // groups // _SHARE
-    return min(_MOST, max(LANES, 2 ** max(wanted, 1).bit_length() // 2))
+    return min(_MOST_ROWS, max(LANES, 2 ** max(wanted, 1).bit_length() // 2))
 
 
-def tiling(rows: int, groups: int, depth: int, width: int) -> tuple[int, int, int]:
-    """Tile of rows, contracted axis and output axis."""
-    return row_tile(rows, groups), min(_WIDE, _padded(depth)), min(_WIDE, _padded(width))
+def product_tiles(rows: int, groups: int, depth: int, width: int) -> Tiles:
+    """Of `product`."""
+    deep = _padded(depth) if depth <= _DEEP else _DEEP // 2
+    return row_tile(rows, groups), deep, min(_WIDE, _padded(width))
 
 
-def tile_visits(rows: int, groups: int) -> float:
-    """Executed rows over useful rows at worst: each border inside a tile is one more visit."""
-    tiles = math.ceil(rows / row_tile(rows, groups))
-    return (tiles + groups - 1) / tiles
+def outer_tiles(rows: int, groups: int, depth: int, width: int) -> Tiles:
+    """Of `outer`."""
+    return row_tile(rows, groups), min(_SQUARE, _padded(depth)), min(_SQUARE, _padded(width))
+
+
+def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
+    """FLOPs and bytes of HBM that `product` executes at worst, with every border of groups inside a tile."""
+    tile, deep, wide = product_tiles(rows, groups, depth, width)
+    visits, columns = -(-rows // tile) + groups - 1, -(-width // wide)
+    matrices = groups if deep >= depth else visits
+    moved = visits * tile * depth * columns + matrices * depth * width + 2 * visits * tile * width
+    return 2.0 * visits * tile * depth * width, float(itemsize * moved)
+
+
+def outer_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
+    """The same of `outer`."""
+    tile, deep, wide = outer_tiles(rows, groups, depth, width)
+    visits = -(-rows // tile) + groups - 1
+    moved = visits * tile * (depth * -(-width // wide) + width * -(-depth // deep)) + groups * depth * width
+    return 2.0 * visits * tile * depth * width, float(itemsize * moved)
 
 
 def _padded(size: int) -> int:
@@ -68,7 +89,7 @@ def product(
     """
     rows, groups = lhs_MK.shape[0], rhs_GKN.shape[0]
     width = rhs_GKN.shape[1 if transpose_rhs else 2]
-    tiles = tiling(rows, groups, lhs_MK.shape[1], width)
+    tiles = product_tiles(rows, groups, lhs_MK.shape[1], width)
     call = functools.partial(
         gmm, preferred_element_type=lhs_MK.dtype, tiling=tiles, transpose_rhs=transpose_rhs
     )  # fmt: skip
@@ -78,7 +99,7 @@ def product(
 
 def outer(lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
     """out[g] = lhs[rows of g]^T @ dout[rows of g]: [G, K, N] in the dtype of `lhs_MK`; rows of no group are not read."""
-    tiles = tiling(lhs_MK.shape[0], group_sizes_G.shape[0], lhs_MK.shape[1], dout_MN.shape[1])
+    tiles = outer_tiles(lhs_MK.shape[0], group_sizes_G.shape[0], lhs_MK.shape[1], dout_MN.shape[1])
     lhs_MK, dout_MN = (_with_rows(x, tiles[0]) for x in (lhs_MK, dout_MN))
     call = functools.partial(tgmm, preferred_element_type=lhs_MK.dtype, tiling=tiles)
     return _on_platform(call, lhs_MK.swapaxes(0, 1), dout_MN, group_sizes_G)

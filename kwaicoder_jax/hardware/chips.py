@@ -1,4 +1,4 @@
-"""The chip table: peak arithmetic and memory bandwidth, as the makers publish them."""
+"""The chip table: peak arithmetic, memory and links, as the makers publish them."""
 
 import dataclasses
 
@@ -14,12 +14,18 @@ class Chip:
       bf16_flops: peak of dense bf16 products, FLOP per second.
       hbm_bandwidth: bytes per second.
       hbm_bytes: memory.
+      link_bandwidth: bytes per second that it sends to its neighbours, over all links together.
+      torus_axes: over how many axes of a torus those links are spread; 0 for a switch.
+      network_bandwidth: bytes per second that it sends to another host, where that goes another way.
     """
 
     name: str
     bf16_flops: float
     hbm_bandwidth: float
     hbm_bytes: float
+    link_bandwidth: float = 0.0
+    torus_axes: int = 0
+    network_bandwidth: float = 0.0
 
     def seconds(self, flops: float, hbm_bytes: float) -> float:
         """The roofline's time: the longer of arithmetic at its peak and memory traffic at full bandwidth.
@@ -32,10 +38,11 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 819e9, 16e9),
-        Chip("v5p", 459e12, 2765e9, 95 * 2**30),
-        Chip("v6e", 918e12, 1640e9, 32e9),
-        Chip("h100", 989e12, 3350e9, 80e9),
+        Chip("v4", 275e12, 1228e9, 32 * 2**30, 300e9, 3),
+        Chip("v5e", 197e12, 819e9, 16e9, 200e9, 2),
+        Chip("v5p", 459e12, 2765e9, 95 * 2**30, 600e9, 3),
+        Chip("v6e", 918e12, 1640e9, 32e9, 448e9, 2),
+        Chip("h100", 989e12, 3350e9, 80e9, 450e9, 0, 50e9),
     )
 }
 

@@ -28,17 +28,22 @@ class Kernel:
       name: of the kernel, without the compiler's number.
       operands: what it reads.
       results: what it writes.
-      estimated_flops: its author's cost estimate, if there is one.
+      estimate: its author's FLOPs and bytes, if there is an estimate.
     """
 
     name: str
     operands: Sequence[Array]
     results: Sequence[Array]
-    estimated_flops: float | None
+    estimate: tuple[float, float] | None
 
 
-# What a kernel executes, or None for one that is not known; then its own estimate counts.
-KernelFlops = Callable[[Kernel], float | None]
+# FLOPs and bytes of HBM that a kernel executes, or None for one that is not known.
+KernelWork = Callable[[Kernel], tuple[float, float] | None]
+
+
+def estimated(kernel: Kernel) -> tuple[float, float] | None:
+    """As its author estimates."""
+    return kernel.estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,14 +65,22 @@ class Work:
     unknown_loops: Sequence[str]
 
 
-def measure(module: Module, kernel_flops: KernelFlops = lambda kernel: None) -> Work:
-    """Adds up the whole module."""
+def measure(module: Module, kernel_work: KernelWork = estimated, *, rare: Sequence[str] = ()) -> Work:
+    """Adds up the whole module.
+
+    Args:
+      module: the program.
+      kernel_work: what hand-written kernels execute.
+      rare: scopes of the traced function that are not counted: work for cases that hardly come up.
+    """
     flops: collections.Counter[str] = collections.Counter()
     unknown: collections.Counter[str] = collections.Counter()
     moved = 0.0
     for computation, instruction, times in module.walk():
-        moved += times * _hbm_bytes(module, computation, instruction)
-        for kind, value in _flops(module, computation, instruction, kernel_flops).items():
+        if rare and any(f"/{scope}/" in instruction.source for scope in rare):
+            continue
+        moved += times * _hbm_bytes(module, computation, instruction, kernel_work)
+        for kind, value in _flops(module, computation, instruction, kernel_work).items():
             if value is None:
                 unknown[kind] += times
             else:
@@ -83,22 +96,22 @@ def computes(module: Module, computation: Computation, instruction: Instruction)
 
 
 def _flops(
-    module: Module, computation: Computation, instruction: Instruction, kernel_flops: KernelFlops
+    module: Module, computation: Computation, instruction: Instruction, kernel_work: KernelWork
 ) -> dict[str, float | None]:
     if instruction.op in ("dot", "convolution"):
         count = _dot_flops if instruction.op == "dot" else _convolution_flops
         return {"matmul": count(instruction, computation.operand_types(instruction))}
     if instruction.op == "custom-call" and _is_kernel(instruction):
         kernel = _kernel(computation, instruction)
-        known = kernel_flops(kernel)
-        return {kernel.name: kernel.estimated_flops if known is None else known}
+        known = kernel_work(kernel)
+        return {kernel.name: None if known is None else known[0]}
     if instruction.op == "custom-call" and "gemm" in (instruction.attribute(r'custom_call_target="([^"]*)"') or ""):
         return {"matmul": _gemm_flops(instruction, computation.operand_types(instruction))}
     total: dict[str, float | None] = {}
     if instruction.op == "fusion":
         inner = module.computations[instruction.attribute(r"calls=%?([\w.\-]+)") or ""]
         for each in inner.values():
-            for kind, value in _flops(module, inner, each, kernel_flops).items():
+            for kind, value in _flops(module, inner, each, kernel_work).items():
                 total[kind] = None if value is None else (total.get(kind) or 0.0) + value
     return total
 
@@ -108,10 +121,11 @@ def _is_kernel(instruction: Instruction) -> bool:
 
 
 def _kernel(computation: Computation, instruction: Instruction) -> Kernel:
-    estimate = instruction.attribute(r'cost_estimate"?:\{"flops":"?(\d+)')
+    flops = instruction.attribute(r'cost_estimate"?:\{"flops":"?(\d+)')
+    moved = instruction.attribute(r'bytes_accessed"?:"?(\d+)')
     read = [array for type_ in computation.operand_types(instruction) for array in arrays(type_)]
     name = re.sub(r"[.\d]+$", "", instruction.name)
-    return Kernel(name, read, arrays(instruction.type), None if estimate is None else float(estimate))
+    return Kernel(name, read, arrays(instruction.type), None if flops is None else (float(flops), float(moved or 0)))
 
 
 def _dot_flops(instruction: Instruction, operands: Sequence[str]) -> float:
@@ -170,16 +184,16 @@ def _valid_positions(size: int, out: int, window: int, stride: int, pad: int, di
     return count
 
 
-def _hbm_bytes(module: Module, computation: Computation, instruction: Instruction) -> float:
+def _hbm_bytes(module: Module, computation: Computation, instruction: Instruction, kernel_work: KernelWork) -> float:
     """Operands and results that lie in HBM; of a slice of an array, the slice."""
     if instruction.op in _FREE or instruction.op.endswith("-done"):
         return 0.0
     if instruction.op == "fusion":
         return _fusion_bytes(module, computation, instruction)
-    if instruction.op == "custom-call":
-        estimate = instruction.attribute(r'bytes_accessed"?:"?(\d+)')
-        if estimate:
-            return float(estimate)
+    if instruction.op == "custom-call" and _is_kernel(instruction):
+        known = kernel_work(_kernel(computation, instruction))
+        if known is not None:
+            return known[1]
     types = computation.operand_types(instruction)
     if instruction.op in ("dynamic-slice", "gather", "slice"):
         return 2 * _in_hbm(instruction.type)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kernels.grouped_matmul import PROJECTIONS
 from kwaicoder_jax.models.config import ModelConfig
+from kwaicoder_jax.models.remat import named
 from kwaicoder_jax.models.statistics import energy_share, record, recording, store
 from kwaicoder_jax.models.stored import StoredMatrix
 

@@ -35,6 +35,15 @@ def attention(
     return jax.vmap(kernel)(q_BHTN, k_BKTN, v_BKTN, segments).swapaxes(1, 2)
 
 
+def work(batch: int, heads: int, time: int, width: int, itemsize: int, *, backward: bool) -> tuple[float, float]:
+    """FLOPs and bytes of HBM of one call: two products a block, five in the backward pass, over the blocks that causal
+    attention touches; a block of queries reads the keys and values before it."""
+    blocks = time // block_size(time)
+    touched = blocks * (blocks + 1) / 2 * block_size(time) ** 2
+    products, arrays = (5, 8 + 2 * blocks) if backward else (2, 4 + blocks)
+    return 2.0 * products * batch * heads * touched * width, float(batch * heads * time * width * itemsize * arrays)
+
+
 def block_size(time: int) -> int:
     """The largest block up to BLOCK that divides the sequence."""
     return max(size for size in range(LANES, min(BLOCK, time) + 1, LANES) if time % size == 0)

@@ -14,9 +14,11 @@ from kwaicoder_jax.training.mesh import (
     MeshConfig,
     abstract_params,
     batch_sharding,
+    check_rows,
     make_mesh,
     param_shardings,
     partition,
+    platform_of,
     replicated,
     shard_batch,
 )
@@ -24,7 +26,7 @@ from kwaicoder_jax.training.metrics import TIME_KEYS, MetricsLog, read_metrics
 from kwaicoder_jax.training.optimizer import OptimizerConfig, make_optimizer
 from kwaicoder_jax.training.schedule import Law, PhaseRate, join, phase_rate
 from kwaicoder_jax.training.state import TrainState, abstract_state, make_state, state_shardings
-from kwaicoder_jax.training.step import HeldOutLoss, make_step
+from kwaicoder_jax.training.step import HeldOutLoss, LossFunction, make_step
 
 __all__ = [
     "BATCH_AXES",
@@ -36,6 +38,7 @@ __all__ = [
     "Law",
     "Loop",
     "LoopConfig",
+    "LossFunction",
     "MeshConfig",
     "MetricsLog",
     "OptimizerConfig",
@@ -46,6 +49,7 @@ __all__ = [
     "abstract_params",
     "abstract_state",
     "batch_sharding",
+    "check_rows",
     "join",
     "language_model_loss",
     "load_balance_loss",
@@ -56,6 +60,7 @@ __all__ = [
     "param_shardings",
     "partition",
     "phase_rate",
+    "platform_of",
     "read_metrics",
     "replicated",
     "router_metrics",

@@ -30,7 +30,7 @@ RULES: Mapping[str, str] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; `data` = -1 takes what the others leave."""
+    """Devices along each mesh axis; the one that is -1 takes what the others leave."""
 
     data: int = -1
     fsdp: int = 1
@@ -44,12 +44,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = list(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if sizes["data"] == -1 and fixed > 0 and len(devices) % fixed == 0:
-        sizes["data"] = len(devices) // fixed
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) == 1 and fixed > 0 and len(devices) % fixed == 0:
+        sizes[open_axes[0]] = len(devices) // fixed
     if min(sizes.values()) < 1 or math.prod(sizes.values()) != len(devices):
         raise UserError(
             f"{sizes} does not multiply to the {len(devices)} devices here", where="mesh",
-            remedy="every axis is 1 or more, and mesh.data=-1 takes what the others leave",
+            remedy="every axis is 1 or more, and the one that is -1 takes what the others leave",
         )  # fmt: skip
     if sizes["context"] != 1:
         raise UserError("context parallelism is not available", where="mesh.context", remedy="use 1")
@@ -100,14 +101,23 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Places this process's rows of a global batch; together the processes hold the whole batch."""
     sharding = batch_sharding(mesh)
+    check_rows(jax.process_count() * min((len(value) for value in batch.values()), default=0), mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def platform_of(mesh: Mesh) -> str:
+    """As jax names it: "cpu", "tpu", "gpu"."""
+    return mesh.devices.flat[0].platform
+
+
+def check_rows(rows: int, mesh: Mesh) -> None:
+    """UserError for a batch that the devices cannot share."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = jax.process_count() * min((len(value) for value in batch.values()), default=0)
     if rows % shares:
         raise UserError(
             f"a batch of {rows} rows, which {shares} devices ({' * '.join(BATCH_AXES)}) cannot share", where="mesh",
             remedy=f"use a batch size that is a multiple of {shares}",
         )  # fmt: skip
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
 def abstract_params(config: models.ModelConfig, mesh: Mesh) -> Any:
