@@ -39,7 +39,7 @@ STUDENTS = {
 }
 
 # Rows of 4096 tokens in a global batch: 1M tokens where chips are few, 4M on the large slice.
-MACHINES = {
+MACHINES: dict[str, dict[str, Any]] = {
     "v5p-64": {"rows": 256, "remat": "projections"},
     "v5p-512": {"rows": 1024, "remat": "projections"},
     "v5e-256": {"rows": 256, "remat": "full"},

@@ -1,8 +1,7 @@
 """What the Pallas kernels of a compiled step execute, read off their shapes."""
 
+import math
 from collections.abc import Sequence
-
-import numpy as np
 
 from kernels.grouped_matmul import megablox
 from kwaicoder_jax.hardware import hlo, work
@@ -12,22 +11,27 @@ from kwaicoder_jax.models import splash_attention
 def kernel_work(kernel: work.Kernel) -> tuple[float, float] | None:
     """FLOPs and bytes of HBM, tiles that are computed in part or twice included; None for a kernel unknown here."""
     if kernel.name.startswith("splash_"):
-        (query, *_), backward = _of_rank(kernel.operands, 4), "_dkv" in kernel.name
-        batch, heads, time, width = query.shape
-        return splash_attention.work(batch, heads, time, width, _itemsize(query), backward=backward)
+        query = next(array for array in kernel.operands if _is_float(array) and len(array.shape) >= 3)
+        *rows, heads, time, width = query.shape
+        backward = "_dkv" in kernel.name
+        return splash_attention.work(math.prod(rows), heads, time, width, _itemsize(query), backward=backward)
     if kernel.name == "gmm":
-        (rows,), (matrices,), (out,) = _of_rank(kernel.operands, 2), _of_rank(kernel.operands, 3), kernel.results
-        (count, depth), groups = rows.shape, matrices.shape[0]
-        return megablox.product_work(count, groups, depth, out.shape[1], _itemsize(rows))
+        (left,), (right,), (out,) = _of_rank(kernel.operands, 2), _of_rank(kernel.operands, 3), kernel.results
+        return megablox.product_work(left.shape[0], right.shape[0], left.shape[1], out.shape[1], _itemsize(left))
     if kernel.name == "tgmm":
-        (depth, count), (groups, _, width) = _of_rank(kernel.operands, 2)[0].shape, kernel.results[0].shape
-        return megablox.outer_work(count, groups, depth, width, _itemsize(kernel.results[0]))
+        groups, depth, width = kernel.results[0].shape
+        rows = math.prod(_of_rank(kernel.operands, 2)[0].shape) // depth  # its transpose may have been turned around
+        return megablox.outer_work(rows, groups, depth, width, _itemsize(kernel.results[0]))
     return kernel.estimate
 
 
 def _of_rank(arrays: Sequence[hlo.Array], rank: int) -> list[hlo.Array]:
-    return [array for array in arrays if len(array.shape) == rank and array.dtype not in ("s32", "s8", "u8")]
+    return [array for array in arrays if len(array.shape) == rank and _is_float(array)]
+
+
+def _is_float(array: hlo.Array) -> bool:
+    return array.dtype in ("bf16", "f32", "f16")
 
 
 def _itemsize(array: hlo.Array) -> int:
-    return round(array.nbytes / np.prod(array.shape))
+    return round(array.nbytes / math.prod(array.shape))

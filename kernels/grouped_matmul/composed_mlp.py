@@ -45,6 +45,7 @@ def backward(
     dgate_RF, dup_RF = pull(dh_RF * weight_R1)
     dx_RD = product(backend, dgate_RF, gate_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
     dx_RD = dx_RD + product(backend, dup_RF, up_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
+    dx_RD = dx_RD.astype(dtype)  # rows that are written: half the memory
     return Gradients(
         x_MD=weighted_sum(dx_RD, routing.row_MX).astype(dtype),
         weight_MX=take_rows(dweight_R, routing.row_MX),

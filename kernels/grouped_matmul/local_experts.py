@@ -164,6 +164,7 @@ def _gradients(
     dgate_CF, dup_CF = pull(dh_CF * weight_C1)
     dx_CD = product(backend, dgate_CF, gate_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
     dx_CD = dx_CD + product(backend, dup_CF, up_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
+    dx_CD = dx_CD.astype(dtype)  # rows that are written: half the memory
     inside_MX = (here.row_MX >= 0) & (here.row_MX < count)
     dweight_MX = jnp.where(inside_MX, take_rows(dweight_C, jnp.clip(here.row_MX, 0, count - 1)), 0.0)
     return Gradients(

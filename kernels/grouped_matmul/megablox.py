@@ -8,7 +8,6 @@ groups are.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax

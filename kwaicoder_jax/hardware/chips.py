@@ -38,7 +38,6 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 1228e9, 32 * 2**30, 300e9, 3),
         Chip("v5e", 197e12, 819e9, 16e9, 200e9, 2),
         Chip("v5p", 459e12, 2765e9, 95 * 2**30, 600e9, 3),
         Chip("v6e", 918e12, 1640e9, 32e9, 448e9, 2),

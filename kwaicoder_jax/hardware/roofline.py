@@ -152,15 +152,16 @@ def analyze(
 
 def _traffic(found: Sequence[collectives.Collective], machine: Topology, mesh: Mesh) -> list[Traffic]:
     devices, sizes = mesh.devices.reshape(-1), tuple(mesh.shape.values())
-    sums: dict[tuple[str, tuple[str, ...]], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    groups = collections.defaultdict(list)
     for each in found:
         seconds = each.wire_bytes / machine.bandwidth([devices[i] for i in each.group])
-        entry = sums[each.kind, each.axes(mesh.axis_names, sizes)]
-        entry.update(count=each.times, wire=each.wire_bytes, seconds=seconds)  # type: ignore[arg-type]
-        if each.is_hidden:
-            entry.update(hidden=each.wire_bytes, hidden_seconds=seconds)  # type: ignore[arg-type]
+        groups[each.kind, each.axes(mesh.axis_names, sizes)].append((each, seconds))
     made = [
-        Traffic(kind, axes, e["count"], e["wire"], e["hidden"], e["seconds"], e["hidden_seconds"])
-        for (kind, axes), e in sums.items()
-    ]
+        Traffic(
+            kind, axes, sum(each.times for each, _ in members), collectives.total(each for each, _ in members),
+            collectives.total((each for each, _ in members), hidden=True), sum(seconds for _, seconds in members),
+            sum(seconds for each, seconds in members if each.is_hidden),
+        )
+        for (kind, axes), members in groups.items()
+    ]  # fmt: skip
     return sorted(made, key=lambda each: -each.wire_bytes)

@@ -102,7 +102,7 @@ def compiler_options(chip_name: str) -> dict[str, str]:
             "nd_reduce_scatter",
         )
         return {f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in kinds}
-    if chip_name in ("v4", "v5e", "v6e"):
+    if chip_name in ("v5e", "v6e"):
         return {
             "xla_tpu_enable_async_collective_fusion": "true",
             "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
@@ -114,7 +114,7 @@ def compiler_options(chip_name: str) -> dict[str, str]:
 
 
 def _gpus(name: str, kind: Chip, shape: tuple[int, ...], where: str) -> Topology:
-    if len(shape) > 2 or shape[-1] != HOST_GPUS and len(shape) == 2:
+    if len(shape) > 2 or (shape[-1] != HOST_GPUS and len(shape) == 2):
         raise UserError(f"{name}: {HOST_GPUS} GPUs a host", where=where, remedy="as in h100:8 or h100:8x8")
     hosts, gpus = (1, shape[0]) if len(shape) == 1 else shape
     try:

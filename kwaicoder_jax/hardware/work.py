@@ -73,7 +73,7 @@ def measure(module: Module, kernel_work: KernelWork = estimated, *, rare: Sequen
       kernel_work: what hand-written kernels execute.
       rare: scopes of the traced function that are not counted: work for cases that hardly come up.
     """
-    flops: collections.Counter[str] = collections.Counter()
+    flops: dict[str, float] = collections.defaultdict(float)
     unknown: collections.Counter[str] = collections.Counter()
     moved = 0.0
     for computation, instruction, times in module.walk():

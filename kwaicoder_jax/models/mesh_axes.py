@@ -31,3 +31,13 @@ def token_axes(mesh: AbstractMesh) -> tuple[str, ...]:
 def weight_axis(mesh: AbstractMesh, axis: str, size: int) -> str | None:
     """`axis`, where it can split a dimension of `size`; otherwise the weights come in whole, gathered by XLA."""
     return axis if axis in mesh.shape and size % mesh.shape[axis] == 0 else None
+
+
+def cast(weight: jax.Array, dtype: str, mesh: AbstractMesh | None) -> jax.Array:
+    """One layer's weight in the dtype of the computation.
+
+    On a mesh behind a barrier: XLA would cast the weights of all layers before the loop over them, and keep both.
+    """
+    if mesh is not None and weight.dtype != jax.numpy.dtype(dtype):
+        weight = jax.lax.optimization_barrier(weight)
+    return weight.astype(dtype)

@@ -13,7 +13,7 @@ from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
 from kwaicoder_jax.models.expert_sharding import expert_shares, neuron_axis, on_each_shard, tokens_to_experts
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.layers import DenseMLP, declare, declare_bias, project
-from kwaicoder_jax.models.mesh_axes import token_mesh
+from kwaicoder_jax.models.mesh_axes import cast, token_mesh
 from kwaicoder_jax.models.statistics import recording, store
 
 
@@ -131,22 +131,26 @@ class MoE(nn.Module):
         bias_E = None
         if e.router_bias:
             bias_E = declare(self, "router_bias", (e.num_experts,), ("experts",), nn.initializers.zeros, "float32")
-        gate_EDF = declare(self, "gate", in_shape, in_axes, init, c.param_dtype).astype(c.dtype)
-        up_EDF = declare(self, "up", in_shape, in_axes, init, c.param_dtype).astype(c.dtype)
-        down_EFD = declare(self, "down", out_shape, out_axes, out_init, c.param_dtype).astype(c.dtype)
+        gate_EDF = declare(self, "gate", in_shape, in_axes, init, c.param_dtype)
+        up_EDF = declare(self, "up", in_shape, in_axes, init, c.param_dtype)
+        down_EFD = declare(self, "down", out_shape, out_axes, out_init, c.param_dtype)
+        mesh = token_mesh(x_BTD, x_BTD.shape[0])
+        weights: Any = tuple(cast(weight, c.dtype, mesh) for weight in (gate_EDF, up_EDF, down_EFD))
 
         x_MD = x_BTD.reshape(-1, c.model_dim)
         logits_ME = jnp.einsum(
             "MD,DE->ME", x_MD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
 
-        weights = (gate_EDF, up_EDF, down_EFD)
         if e.bias:
             x_MD, weights = expert_biases.with_one(x_MD), expert_biases.widened(weights, *self._biases())
 
-        mesh, wanted, backend = token_mesh(x_BTD, x_BTD.shape[0]), recording(self), self.runtime.experts
+        wanted, backend = recording(self), self.runtime.experts
 
-        def route_and_compute(router: _Router, x_MD: jax.Array, *weights: Any) -> tuple[jax.Array, _Rest]:
+        def route_and_compute(
+            router: _Router, x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
+        ) -> tuple[jax.Array, _Rest]:
+            weights = (gate_EDF, up_EDF, down_EFD)
             logits_ME, ranked_by_ME, mask_M = router
             choice = choose_experts(logits_ME, e, ranked_by_ME)
             order = routing.sort_by_expert(choice[1], e.num_experts)
@@ -161,10 +165,13 @@ class MoE(nn.Module):
         mask_M = mask_BT.reshape(-1)
         router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
         if not wanted and self.runtime.dispatch is Dispatch.TOKENS and expert_shares(mesh, e.num_experts) > 1:
-            choice, sums = choose_experts(*router[:1], e, router[1]), None
-            y_MD = self._by_tokens(mesh, choice, x_MD, weights)
+            choice = choose_experts(logits_ME, e, router[1])
+            rest: _Rest = (choice, None)
+            y_MD = self._by_tokens(mesh, choice[:2], x_MD, weights)
         else:
-            y_MD, (choice, sums) = on_each_shard(route_and_compute, mesh, router, x_MD, *weights)
+            y_MD, rest = on_each_shard(route_and_compute, mesh, router, x_MD, *weights)
+            choice = rest[0]
+        sums = rest[1]
         weight_MX, index_MX, probability_ME = choice
         y_MD = y_MD[:, : c.model_dim] if e.bias else y_MD
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
@@ -175,19 +182,17 @@ class MoE(nn.Module):
         y_BTD = y_MD.reshape(x_BTD.shape).astype(c.dtype)
         return (y_BTD + self._shared(x_BTD, mask_BT) if e.shared_mlp_dim else y_BTD), statistics
 
-    def _by_tokens(
-        self, mesh: Any, choice: Choice, x_MD: jax.Array, weights: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> jax.Array:
+    def _by_tokens(self, mesh: Any, choice: tuple[jax.Array, jax.Array], x_MD: jax.Array, weights: Any) -> jax.Array:
         """Expert parallelism: each device computes its own experts, for the tokens of its expert group."""
         e = self.config.experts
         assert e is not None
         even = x_MD.shape[0] * e.experts_per_token // mesh.size  # rows of a device if routing is even
         rows = -(-int(even * self.runtime.expert_buffer) // 512) * 512
 
-        def local(x_MD: jax.Array, choice: tuple[jax.Array, jax.Array], *weights: jax.Array) -> jax.Array:
+        def local(x_MD: jax.Array, choice: tuple[jax.Array, jax.Array], *weights: Any) -> jax.Array:
             return grouped_matmul.local_expert_mlp(x_MD, *choice, *weights, rows=rows, backend=self.runtime.experts)
 
-        return tokens_to_experts(local, mesh, choice[:2], x_MD, *weights)
+        return tokens_to_experts(local, mesh, choice, x_MD, *weights)
 
     def _biases(self) -> list[jax.Array]:
         """Of gate, up and down, in a compact call."""

@@ -1,6 +1,7 @@
 """Attention on TPU: jax's Pallas kernels (splash attention), one call a row, on each device's rows and heads."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def attention(
     q_BHTN = (q_BTHN * jnp.asarray(scale, q_BTHN.dtype)).swapaxes(1, 2)
     k_BKTN, v_BKTN = k_BTKN.swapaxes(1, 2), v_BTKN.swapaxes(1, 2)
     segments = kernels.SegmentIds(segments_BT, segments_BT)
-    return jax.vmap(kernel)(q_BHTN, k_BKTN, v_BKTN, segments).swapaxes(1, 2)
+    out_BHTN: Any = jax.vmap(kernel)(q_BHTN, k_BKTN, v_BKTN, segments)
+    return out_BHTN.swapaxes(1, 2)
 
 
 def work(batch: int, heads: int, time: int, width: int, itemsize: int, *, backward: bool) -> tuple[float, float]:

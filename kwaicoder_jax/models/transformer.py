@@ -116,7 +116,7 @@ class Transformer(nn.Module):
         """A scan over `length` layers, whose parameters are `name`/..."""
         layer = Layer
         if self.runtime.remat is not remat.Remat.NONE:
-            policy = jax.checkpoint_policies.save_only_these_names(*remat.kept(self.runtime.remat))
+            policy = jax.checkpoint_policies.save_only_these_names(*remat.kept(remat.Remat(self.runtime.remat)))
             layer = nn.remat(Layer, prevent_cse=False, policy=policy)
         return nn.scan(
             layer,

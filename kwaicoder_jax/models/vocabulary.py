@@ -96,7 +96,7 @@ def _on_one_device(
         return total_VD + einsum("VBt,BtD->VD", dlogits_VBt, hidden_BtD), (loss_Bt, dhidden_DBt)
 
     parts = tuple(_split(x, chunks) for x in tokens)
-    start_VD = jnp.zeros((vocab, width), jnp.float32) if gradients else None
+    start_VD: Any = jnp.zeros((vocab, width), jnp.float32) if gradients else None
     total_VD, (loss_CBt, dhidden_CDBt) = jax.lax.scan(chunk, start_VD, parts)
     loss_BT = _join(loss_CBt, time)
     if not gradients:

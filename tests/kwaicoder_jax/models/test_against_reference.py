@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kwaicoder_jax import models, testing
-from kwaicoder_jax.models import Runtime
+from kwaicoder_jax.models import Remat, Runtime
 
 CONFIGS = testing.small_configs() | testing.family_configs()
 EACH = pytest.mark.parametrize("name", CONFIGS)
@@ -71,7 +71,11 @@ def test_collect_layers_returns_the_residual_stream():
 
 @pytest.mark.parametrize(
     ("name", "runtime"),
-    [("odd", Runtime(remat="full")), ("odd", Runtime(scan_unroll=0)), ("moe_sigmoid", Runtime(remat="full"))],
+    [
+        *(("odd", Runtime(remat=each)) for each in Remat),
+        ("odd", Runtime(scan_unroll=0)),
+        *(("moe_sigmoid", Runtime(remat=each)) for each in Remat if each is not Remat.NONE),
+    ],
 )
 def test_runtime_changes_neither_loss_nor_gradients(name, runtime):
     config = CONFIGS[name]

@@ -16,6 +16,10 @@ MOE = DENSE.replace(experts=models.ExpertsConfig(6, 2, 24))
 MESHES = {
     "dense": [MeshConfig(data=4), MeshConfig(data=2, fsdp=2), MeshConfig(tensor=2)],
     "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
+    "tokens": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
+}
+RUNTIMES = {
+    "tokens": models.Runtime(dispatch=models.Dispatch.TOKENS, expert_buffer=1.0, remat=models.Remat.PROJECTIONS)
 }
 
 
@@ -23,7 +27,9 @@ def devices_of(mesh: MeshConfig) -> int:
     return max(1, mesh.data) * mesh.fsdp * mesh.expert * mesh.tensor
 
 
-def step_on(config: models.ModelConfig, mesh_config: MeshConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+def step_on(
+    config: models.ModelConfig, mesh_config: MeshConfig, runtime: models.Runtime | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metrics and gradients of one step; the momentum that the optimizer starts to keep is the gradient itself."""
     mesh = training.make_mesh(mesh_config, jax.devices()[: devices_of(mesh_config)])
     optimizer = optax.chain(optax.trace(decay=0.9), optax.scale(-0.1))
@@ -31,7 +37,7 @@ def step_on(config: models.ModelConfig, mesh_config: MeshConfig) -> tuple[dict[s
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
         balance = training.BalanceConfig()
         return training.language_model_loss(
-            trainable["model"], config, batch, runtime=models.Runtime(), balance=balance
+            trainable["model"], config, batch, runtime=runtime or models.Runtime(), balance=balance
         )
 
     trainable = {"model": testing.random_params(config)}
@@ -61,10 +67,11 @@ def shards(config: models.ModelConfig) -> dict[str, list[int]]:
 
 def main() -> None:
     result: dict[str, Any] = {"shards": {"dense": shards(DENSE), "moe": shards(MOE)}, "errors": {}}
-    for kind, config in (("dense", DENSE), ("moe", MOE)):
-        one = step_on(config, MeshConfig(data=1))
+    for kind, config in (("dense", DENSE), ("moe", MOE), ("tokens", MOE)):
+        if kind != "tokens":
+            one = step_on(config, MeshConfig(data=1))
         for mesh in MESHES[kind]:
-            other = step_on(config, mesh)
+            other = step_on(config, mesh, RUNTIMES.get(kind))
             result["errors"][f"{kind} {mesh}"] = [worst(a, b) for a, b in zip(other, one)]
     print(json.dumps(result))
 

@@ -1,0 +1,100 @@
+"""What is read in compiled programs, against closed forms."""
+
+import pytest
+
+from kwaicoder_jax.hardware import hlo, work
+from tests.kwaicoder_jax.training import devices
+
+
+@pytest.fixture(scope="module")
+def found():
+    return devices.run("hardware.programs", 8)
+
+
+def test_loops_are_multiplied_out(found):
+    once = 2 * 16 * 32 * 32
+    assert found["scan"]["flops"] == 7 * once
+    assert found["nested"]["flops"] == 3 * 7 * once
+    assert not found["nested"]["unknown"]
+
+
+def test_bytes_are_at_least_every_matrix_once_a_turn(found):
+    matrices = 7 * 32 * 32 * 4
+    assert matrices <= found["scan"]["hbm"] <= 8 * matrices  # on CPU copies lie between
+    assert found["nested"]["hbm"] == pytest.approx(3 * found["scan"]["hbm"], rel=0.3)
+
+
+WHOLE = 64 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("program", "kind", "axes", "times", "payload", "share"),
+    [
+        ("gather", "all-gather", ["fsdp"], 1, WHOLE, 3 / 4),
+        ("scatter", "reduce-scatter", ["fsdp"], 1, WHOLE, 3 / 4),
+        ("sum", "all-reduce", ["data"], 5, WHOLE, 2 * 1 / 2),
+        ("both", "all-reduce", ["data", "fsdp"], 1, WHOLE, 2 * 7 / 8),
+        ("ring", "collective-permute", ["fsdp"], 1, WHOLE / 4, 1),
+    ],
+)
+def test_bytes_on_the_wire(found, program, kind, axes, times, payload, share):
+    (one,) = found[program]["collectives"]
+    assert one == [kind, axes, times, payload, pytest.approx(times * payload * share)]
+
+
+# A step as the TPU compiler writes it, shortened: a gather on the sparse core behind a product, one that is waited for.
+SCHEDULED = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%on_sparse_core (p: bf16[8,128]) -> bf16[32,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[32,128]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%also_there (q: bf16[8,128]) -> bf16[32,128] {
+  %q = bf16[8,128]{1,0} parameter(0)
+  ROOT %all-gather.2 = bf16[32,128]{1,0} all-gather(%q), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (a: bf16[8,128], b: bf16[128,128]) -> bf16[32,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %b = bf16[128,128]{1,0:T(8,128)S(1)} parameter(1)
+  %first = ((bf16[8,128]), bf16[32,128]) call-start(%a), async_execution_thread="sparsecore", to_apply=%on_sparse_core
+  %product = bf16[8,128]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %got = bf16[32,128]{1,0} call-done(%first)
+  %kernel.7 = bf16[8,128]{1,0} custom-call(%product, %b), custom_call_target="tpu_custom_call", backend_config={"body": "
+}", "cost_estimate":{"flops":"1000","transcendentals":"0","bytes_accessed":"50"}}}
+  %second = ((bf16[8,128]), bf16[32,128]) call-start(%kernel.7), async_execution_thread="sparsecore", to_apply=%also_there
+  %late = bf16[32,128]{1,0} call-done(%second)
+  ROOT %sum = bf16[32,128]{1,0} add(%got, %late)
+}
+"""
+
+
+def test_what_runs_behind_arithmetic_and_what_does_not():
+    from kwaicoder_jax.hardware import collectives
+
+    first, second = collectives.find(hlo.parse(SCHEDULED))
+    assert (first.name, first.is_hidden) == ("all-gather.1", True)
+    assert (second.name, second.is_hidden) == ("all-gather.2", False)
+    assert first.wire_bytes == 3 / 4 * 32 * 128 * 2
+
+
+def test_kernels_count_by_their_estimate_or_by_what_the_caller_knows():
+    module = hlo.parse(SCHEDULED)
+    product = 2 * 8 * 128 * 128
+    assert work.measure(module).by_kind == {"matmul": product, "kernel": 1000}
+
+    def known(kernel):
+        assert kernel.name == "kernel"
+        assert [array.shape for array in kernel.operands] == [(8, 128), (128, 128)]
+        assert kernel.estimate == (1000, 50)
+        return 7.0, 0.0
+
+    assert work.measure(module, known).by_kind["kernel"] == 7
+    assert work.measure(module, lambda kernel: None).unknown_kernels == {"kernel": 1}
+
+
+def test_what_lies_on_chip_is_no_traffic():
+    # a: read by the product and nothing else that counts; b lies in another memory space; the sum reads and writes.
+    whole, part = 32 * 128 * 2, 8 * 128 * 2
+    assert work.measure(hlo.parse(SCHEDULED)).hbm_bytes == 2 * part + 50 + 3 * whole + 2 * (part + whole)
