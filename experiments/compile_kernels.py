@@ -12,16 +12,16 @@ def kernel_work(kernel: work.Kernel) -> tuple[float, float] | None:
     """FLOPs and bytes of HBM, tiles that are computed in part or twice included; None for a kernel unknown here."""
     if kernel.name.startswith("splash_"):
         query = next(array for array in kernel.operands if _is_float(array) and len(array.shape) >= 3)
-        *rows, heads, time, width = query.shape
+        batch, (heads, time, width) = math.prod(query.shape[:-3]), query.shape[-3:]
         backward = "_dkv" in kernel.name
-        return splash_attention.work(math.prod(rows), heads, time, width, _itemsize(query), backward=backward)
+        return splash_attention.work(batch, heads, time, width, _itemsize(query), backward=backward)
     if kernel.name == "gmm":
         (left,), (right,), (out,) = _of_rank(kernel.operands, 2), _of_rank(kernel.operands, 3), kernel.results
         return megablox.product_work(left.shape[0], right.shape[0], left.shape[1], out.shape[1], _itemsize(left))
     if kernel.name == "tgmm":
         groups, depth, width = kernel.results[0].shape
-        rows = math.prod(_of_rank(kernel.operands, 2)[0].shape) // depth  # its transpose may have been turned around
-        return megablox.outer_work(rows, groups, depth, width, _itemsize(kernel.results[0]))
+        count = math.prod(_of_rank(kernel.operands, 2)[0].shape) // depth  # its transpose may have been turned around
+        return megablox.outer_work(count, groups, depth, width, _itemsize(kernel.results[0]))
     return kernel.estimate
 
 
