@@ -25,13 +25,13 @@ class TopK:
       log_p_BTK: their log-probabilities, nats, at the temperature they were taken at.
       log_tail_BT: log of the probability of all other tokens together; float32.
       logsumexp_BT: of the logits over the temperature, so that log_p + logsumexp are these logits; float32. No loss
-        reads it.
+        reads it, and a batch goes without.
     """
 
     ids_BTK: jax.Array
     log_p_BTK: jax.Array
     log_tail_BT: jax.Array
-    logsumexp_BT: jax.Array
+    logsumexp_BT: jax.Array | None = None
 
 
 def top_k(logits_VBW: jax.Array, count: int) -> TopK:
