@@ -72,6 +72,13 @@ def cached_logits_loss(
     return _fused(settings, student_BTD, student_VD, teacher, mask_BT)
 
 
+def teacher_top_k(settings: LogitsSettings, teacher_BTC: jax.Array, teacher_VC: jax.Array) -> TopK:
+    """The `settings.top_k` likeliest tokens of each position; what a cache holds."""
+    guide, guide_of = _guide(settings, (teacher_BTC, teacher_VC))
+    _, pieces = jax.lax.scan(lambda _, piece: (None, guide_of(piece)), None, time_slices(settings.shards, guide))
+    return joined(pieces, teacher_BTC.shape[1])
+
+
 def forward_kl(
     student_BTD: jax.Array,
     student_VD: jax.Array,
