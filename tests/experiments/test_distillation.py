@@ -81,7 +81,7 @@ def test_what_the_cache_s_summary_says(work):
         ((*CACHED, "--config.distill.loss.temperature=2.0"), "distill.loss.temperature: 2.0 is not the cache's, 1.0"),
         ((*CACHED, "--config.distill.loss.top_k=9"), "distill.loss.top_k: 9 is not the cache's, 20"),
         ((*CACHED, "--config.distill.loss.logits_loss=mse"), "distill.loss.logits_loss: mse compares logits"),
-        ((*CACHED, "--config.distill.seed=7"), "it lacks"),
+        ((*CACHED, "--config.distill.phases.phase1.fim.rate=0.9"), "it lacks"),
         ((*PLAIN, "--config.distill.cache=nowhere"), "nowhere: there is no finished cache here"),
     ],
 )

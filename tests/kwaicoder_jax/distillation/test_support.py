@@ -166,3 +166,13 @@ def test_masked_positions_contribute_exactly_nothing_whatever_is_stored_there():
     for x, y in zip(a, b):
         np.testing.assert_array_equal(x, y)
     assert a[1].shape == (B, T, D)
+
+
+def test_four_devices_agree_with_one_and_gather_nothing():
+    values = arrays(4, 12)
+    got = devices.run("distillation.top_k_on_devices", 4)
+    value, gradients = both(distillation.logits_loss, LogitsSettings(temperature=2.0, top_k=5), *values)
+    for name, exact in zip(("value", "by_hidden", "by_table"), (value, *gradients)):
+        np.testing.assert_allclose(got[name], exact, rtol=1e-5, atol=2e-5)
+    assert got["gathers"] == 0
+    assert got["largest"] <= 12 * V  # the logits of its own row, for 12 positions
