@@ -110,6 +110,9 @@ def get_config() -> ConfigDict:
     config.pretrain = training(
         500, {"phase1": phase(1.0, broad, 0.3, {"peak": 3e-3, "end": 2e-4, "warmup_share": 0.06, "law": "cosine"})}
     )
+    config.correct_teacher = training(  # put it among the stages, behind pretrain; distill's teacher is then this one
+        100, {"phase1": phase(1.0, broad, 0.3, {"peak": 3e-4, "end": 3e-5, "warmup_share": 0.05, "law": "cosine"})}
+    ) | {"balance": {"load": 0.01, "z": 0.001}, "continue_data": True}
     config.prune = {
         "init_from": config_dict.placeholder(str),
         "seed": seed(),
@@ -136,11 +139,27 @@ def get_config() -> ConfigDict:
     config.distill = training(
         80, {"phase1": phase(1.0, broad, 0.3, {"peak": 2e-3, "end": 2e-4, "warmup_share": 0.05, "law": "cosine"})}
     ) | {
-        "teacher": "pretrain",
-        "loss": {"temperature": 1.0, "hidden": True, "hidden_loss": "mse", "cross_entropy": 0.0},
+        "teacher": config_dict.placeholder(str),  # correct_teacher where it is among the stages, else pretrain
+        "loss": {
+            "logits_loss": "forward_kl",  # or reverse_kl, jensen_shannon, skewed_kl, cosine, mse
+            "temperature": 1.0,
+            "skew": 0.1,  # the teacher's share in the mixture of skewed_kl
+            "top_k": config_dict.placeholder(int),  # the teacher's likeliest tokens, and the rest as one bucket
+            "hidden": True,
+            "hidden_loss": "mse",  # or cosine
+            "cross_entropy": 0.0,
+        },
         "hidden_every": 1,  # every n-th kept layer is taught
+        "balance": {"load": 0.01, "z": 0.001},  # of a student that is a mixture
+        "cache": config_dict.placeholder(str),  # cache_teacher, or a folder: learn from files, without hidden states
         "continue_data": True,  # go on in the data where the stage before ended, so that nothing comes twice
         "baseline": True,  # also train the student without the teacher, to compare
+    }
+    config.cache_teacher = {  # put it among the stages, before distill
+        "teacher": config_dict.placeholder(str),  # as distill.teacher
+        "top_k": 64,  # tokens kept at each position
+        "dtype": "float16",  # of their log-probabilities, or bfloat16, float32
+        "shard_steps": 16,  # a run that was killed loses at most so many steps
     }
     config.upcycle = {
         "init_from": config_dict.placeholder(str),

@@ -104,11 +104,21 @@ def get_config(variant: str = "full") -> ConfigDict:
         "log_every": 1 if quick else 5,
         "eval_every": 4 if quick else 50,
         "save_every": 4 if quick else 25,
-        "loss": {"temperature": 1.0, "hidden": True, "hidden_loss": "mse", "cross_entropy": 0.0},
+        "loss": {
+            "logits_loss": "forward_kl",
+            "temperature": 1.0,
+            "skew": 0.1,
+            "top_k": config_dict.placeholder(int),
+            "hidden": True,
+            "hidden_loss": "mse",
+            "cross_entropy": 0.0,
+        },
         "hidden_every": 5,
+        "cache": config_dict.placeholder(str),
         "continue_data": False,
         "baseline": False,
     }
+    config.cache_teacher = {"teacher": "import_hf", "top_k": 64, "dtype": "float16", "shard_steps": 16}
     config.upcycle = drawing() | {
         "granularity": 4,
         "replicas": 2,

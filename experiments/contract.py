@@ -31,6 +31,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # nobody's input is at fa
 CHECKPOINTS = ("init_from", "teacher")  # roles of inputs that have to have one
 WITH_CHECKPOINT = ("import_hf", "pretrain", "correct_teacher", "prune", "distill", "upcycle", "cpt")  # in their order
 
+BESIDE = ("prepare_data", "import_hf", "correct_teacher", "cache_teacher")  # may be run without being in the recipe
+
 
 class Section(dict):
     """A part of the config; a field that is not there is a UserError that names it."""
@@ -196,7 +198,7 @@ def _input(context: Context, role: str, name: str) -> tuple[Any, str]:
     """The folder and the identity of one input: a stage of this work folder, or any checkpoint elsewhere."""
     own = context.workdir / name
     where = f"{context.stage.name}.{role}"
-    if "/" not in name and name in (*context.config["stages"], "prepare_data", "import_hf"):
+    if "/" not in name and name in (*context.config["stages"], *BESIDE):
         if not (own / "stage.json").exists() or not (own / "summary.json").exists():
             raise UserError(f"{name} is not finished in {context.workdir}", where=where, remedy=f"run {name} first")
         if role in CHECKPOINTS and not (own / "checkpoints").exists():

@@ -3,13 +3,12 @@
 python -m experiments.cpt --config=configs/demo.py --workdir=runs/demo
 """
 
-import functools
 from typing import Any
 
-from experiments import fields, moments, sections
+from experiments import fields, language_model, moments, sections
 from experiments.command import main
 from experiments.contract import Context, Stage, previous_checkpoint
-from experiments.training_stage import Run, build, check_tokenizer, corpus_of, mesh_of, read_model, runtime_of, train
+from experiments.training_stage import build, check_tokenizer, corpus_of, mesh_of, read_model, train
 from kwaicoder_jax import checkpoints, models, training, transforms
 from kwaicoder_jax.errors import UserError
 
@@ -21,29 +20,12 @@ def run(context: Context) -> dict[str, Any]:
     config = models.ModelConfig.from_dict(meta["model"])
     check_tokenizer(context, "init_from", meta, corpus)
     balance = build(training.BalanceConfig, context.section["balance"], "cpt.balance")
-    runtime = runtime_of(context)
-
-    def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
-        del frozen
-        return training.language_model_loss(trainable["model"], config, batch, runtime=runtime, balance=balance)
-
-    job = Run(
-        folder=context.folder,
-        model=config,
-        abstract={"model": training.abstract_params(config, mesh)},
-        load=lambda: {"model": read_model(context, "init_from", mesh)[0]},  # nothing keeps a second copy
-        loss=loss,
-        frozen={},
-        flops_per_token=functools.partial(models.train_flops_per_token, config),
-        lineage=[*meta["lineage"], {"stage": "cpt", "identity": context.identity}],
-        **_continued(context, meta, config, mesh),
-    )
-    summary = train(context, job, corpus, mesh)
-    loads = [r for r in training.read_metrics(context.folder / "metrics.jsonl") if "expert_load_max_over_mean" in r]
-    if loads:
-        summary["expert_load_max_over_mean"] = loads[-1]["expert_load_max_over_mean"]
-        summary["router_entropy"] = loads[-1]["router_entropy"]
-    return summary
+    job = language_model.job(
+        context, config, mesh,
+        load=lambda: read_model(context, "init_from", mesh)[0],  # nothing keeps a second copy
+        lineage=meta["lineage"], balance=balance, **_continued(context, meta, config, mesh),
+    )  # fmt: skip
+    return train(context, job, corpus, mesh) | language_model.router_summary(context.folder)
 
 
 def _continued(context: Context, meta: dict[str, Any], config: models.ModelConfig, mesh: Any) -> dict[str, Any]:

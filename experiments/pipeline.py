@@ -15,7 +15,8 @@ from experiments.stopping import Stop
 from kwaicoder_jax.errors import UserError
 
 STAGES = (
-    "import_hf", "prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "export_hf", "evaluate", "report",
+    "import_hf", "prepare_data", "pretrain", "correct_teacher", "prune", "cache_teacher", "distill", "upcycle", "cpt",
+    "export_hf", "evaluate", "report",
 )  # fmt: skip
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from experiments import fields, sections
+from experiments import fields, language_model, sections
 from experiments.command import main
 from experiments.contract import Context, Stage
-from experiments.training_stage import Run, check_vocabulary, corpus_of, mesh_of, runtime_of, train
+from experiments.training_stage import check_vocabulary, corpus_of, mesh_of, train
 from kwaicoder_jax import models, training
 
 
@@ -23,27 +23,10 @@ def run(context: Context) -> dict[str, Any]:
     config = models.ModelConfig.from_dict(sizes)
     check_vocabulary(config.vocab_size, corpus, "model.vocab_size")
     initial = jax.jit(functools.partial(models.init, config), out_shardings=training.param_shardings(config, mesh))
-    settings: dict[str, Any] = {"runtime": runtime_of(context), "balance": training.BalanceConfig()}
-
-    def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
-        del frozen
-        return training.language_model_loss(trainable["model"], config, batch, **settings)
-
-    return train(
-        context,
-        Run(
-            folder=context.folder,
-            model=config,
-            abstract={"model": training.abstract_params(config, mesh)},
-            load=lambda: {"model": initial(jax.random.key(context.seed))},
-            loss=loss,
-            frozen={},
-            flops_per_token=functools.partial(models.train_flops_per_token, config),
-            lineage=[{"stage": "pretrain", "identity": context.identity}],
-        ),
-        corpus,
-        mesh,
-    )
+    job = language_model.job(
+        context, config, mesh, load=lambda: initial(jax.random.key(context.seed)), lineage=[]
+    )  # fmt: skip
+    return train(context, job, corpus, mesh)
 
 
 STAGE = Stage(

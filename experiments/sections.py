@@ -58,6 +58,24 @@ class Training(Drawing):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class CorrectTeacher(Training):
+    """correct_teacher."""
+
+    balance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    continue_data: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheTeacher:
+    """cache_teacher; what data it sees stands in distill."""
+
+    teacher: str | None = None
+    top_k: Count = 64
+    dtype: str = "float16"
+    shard_steps: Count = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Distill(Training):
     """distill."""
 
@@ -66,6 +84,8 @@ class Distill(Training):
     hidden_every: int
     continue_data: bool
     baseline: bool
+    balance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    cache: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

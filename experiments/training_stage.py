@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -193,6 +193,7 @@ class Run:
       moments: Adam's m, v and step count, laid out as the model.
       multipliers: learning-rate factor by parameter.
       epsilons: factor on Adam's epsilon by parameter.
+      prepare: what is done to each batch of the loader, on the host, in its thread.
     """
 
     folder: Any
@@ -207,6 +208,7 @@ class Run:
     moments: Callable[[], tuple[Any, Any, int]] | None = None
     multipliers: dict[str, float] | None = None
     epsilons: dict[str, float] | None = None
+    prepare: Callable[[data.Batch], data.Batch] | None = None
 
 
 def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str = "") -> dict[str, Any]:
@@ -226,7 +228,7 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
         batches.go_on_from(run.data_position)
     intervals = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
     loop_config = build(training.LoopConfig, intervals, name)
-    loader = data.prefetch(batches)
+    loader = data.prefetch(batches if run.prepare is None else _Prepared(batches, run.prepare))
     store = checkpoints.CheckpointStore(run.folder / "checkpoints")
     with context.stop.deferred(), context.display.progress(section["steps"], "steps") as update:
         note = _Note(label)
@@ -275,6 +277,22 @@ def _with_moments(state: training.TrainState, run: Run) -> training.TrainState:
     adam = adam._replace(count=count, mu={**adam.mu, "model": first}, nu={**adam.nu, "model": second})
     opt_state = (state.opt_state[0], adam, *state.opt_state[2:])
     return training.TrainState(state.step, state.trainable, opt_state)
+
+
+class _Prepared(data.TrainingLoader):
+    """A loader whose batches are prepared further; its position is that of the loader."""
+
+    def __init__(self, loader: data.TrainingLoader, prepare: Callable[[data.Batch], data.Batch]):
+        self._loader, self._prepare = loader, prepare
+
+    def __next__(self) -> data.Batch:
+        return self._prepare(next(self._loader))
+
+    def get_state(self) -> dict[str, Any]:
+        return self._loader.get_state()
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self._loader.set_state(state)
 
 
 class _Note:

@@ -1,5 +1,6 @@
 """Losses on hidden states: which layers teach which, and through which projection."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -45,21 +46,58 @@ def hidden_loss(
     """Mean over P mapped layers of the distance between projected student and teacher states; masked positions count 0.
 
     "mse" is the squared error over the teacher's energy, so that late layers with large norms do not drown early ones;
-    "cosine" is 1 - cos per token. No gradient flows to the teacher.
+    "cosine" is 1 - cos per token. No gradient flows to the teacher and the mask. Gradients are computed in the forward
+    pass, so that the projected states of one layer are in memory at a time.
     """
-    teacher_PBTC = jax.lax.stop_gradient(teacher_PBTC).astype(jnp.float32)
-    projected_PBTC = jnp.einsum(
-        "PBTD,PDC->PBTC", student_PBTD, projection_PDC.astype(student_PBTD.dtype), preferred_element_type=jnp.float32
+    if kind not in KINDS:
+        raise UserError(f"no loss {kind!r}", where="loss.hidden_loss", remedy=" or ".join(KINDS))
+    return _mean_distance(kind, student_PBTD, projection_PDC, teacher_PBTC, mask_BT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mean_distance(kind, student_PBTD, projection_PDC, teacher_PBTC, mask_BT):
+    def body(total, layer):
+        student_BTD, projection_DC, teacher_BTC = layer
+        return total + _distance(kind, student_BTD, projection_DC, teacher_BTC, mask_BT), None
+
+    total, _ = jax.lax.scan(body, jnp.zeros((), jnp.float32), (student_PBTD, projection_PDC, teacher_PBTC))
+    return total / len(student_PBTD)
+
+
+def _forward(kind, student_PBTD, projection_PDC, teacher_PBTC, mask_BT):
+    def body(total, layer):
+        student_BTD, projection_DC, teacher_BTC = layer
+        of_layer = jax.value_and_grad(functools.partial(_distance, kind), (0, 1))
+        value, gradients = of_layer(student_BTD, projection_DC, teacher_BTC, mask_BT)
+        return total + value, gradients
+
+    layers = (student_PBTD, projection_PDC, teacher_PBTC)
+    total, gradients = jax.lax.scan(body, jnp.zeros((), jnp.float32), layers)
+    return total / len(student_PBTD), gradients
+
+
+def _backward(kind, gradients, upstream):
+    del kind
+    factor = upstream / len(gradients[0])
+    scaled = [(x.astype(jnp.float32) * factor).astype(x.dtype) for x in gradients]
+    return (*scaled, None, None)
+
+
+_mean_distance.defvjp(_forward, _backward)
+
+
+def _distance(kind, student_BTD, projection_DC, teacher_BTC, mask_BT) -> jax.Array:
+    """Of one layer; see `hidden_loss`."""
+    teacher_BTC = teacher_BTC.astype(jnp.float32)
+    projected_BTC = jnp.einsum(
+        "BTD,DC->BTC", student_BTD, projection_DC.astype(student_BTD.dtype), preferred_element_type=jnp.float32
     )
-    mask_1BT = mask_BT[None]
     if kind == "mse":
-        error_P = jnp.sum(mask_1BT * jnp.sum(jnp.square(projected_PBTC - teacher_PBTC), -1), axis=(1, 2))
-        energy_P = jnp.sum(mask_1BT * jnp.sum(jnp.square(teacher_PBTC), -1), axis=(1, 2))
-        return jnp.mean(error_P / jnp.maximum(energy_P, 1e-20))
-    if kind == "cosine":
-        distance_PBT = 1.0 - jnp.sum(_unit(projected_PBTC) * _unit(teacher_PBTC), -1)
-        return jnp.mean(jnp.sum(mask_1BT * distance_PBT, axis=(1, 2))) / jnp.maximum(jnp.sum(mask_BT), 1.0)
-    raise UserError(f"no loss {kind!r}", where="loss.hidden_loss", remedy=" or ".join(KINDS))
+        error = jnp.sum(mask_BT * jnp.sum(jnp.square(projected_BTC - teacher_BTC), -1))
+        energy = jnp.sum(mask_BT * jnp.sum(jnp.square(teacher_BTC), -1))
+        return error / jnp.maximum(energy, 1e-20)
+    distance_BT = 1.0 - jnp.sum(_unit(projected_BTC) * _unit(teacher_BTC), -1)
+    return jnp.sum(mask_BT * distance_BT) / jnp.maximum(jnp.sum(mask_BT), 1.0)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -1,15 +1,82 @@
-"""Forward KL from teacher to student through both vocabulary projections, a slice of time at a time.
+"""Losses between teacher and student through both vocabulary projections, a slice of time at a time.
 
 No array of [tokens, vocabulary] exists outside one slice. The student's gradients are computed in the forward pass,
 where the probabilities are at hand: the backward pass only scales them, so nothing is computed twice.
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-SLICE_TOKENS = 1024  # tokens per slice: large enough to fill a matmul, small enough to stay in cache or VMEM
+from kwaicoder_jax.distillation import support
+from kwaicoder_jax.distillation.divergences import LogitsLoss, divergence
+from kwaicoder_jax.distillation.support import TopK
+
+SLICE_TOKENS = 1024  # tokens per slice and device: large enough to fill a matmul, small enough to stay in cache or VMEM
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitsSettings:
+    """What is compared, and how it is cut.
+
+    Attributes:
+      form: the loss.
+      temperature: divides both logits; the loss is multiplied by its square, so that gradients keep their size (Hinton
+        et al. 2015). Cosine and MSE do not depend on it: the one by its nature, the other because the square cancels.
+      skew: the teacher's share in the mixture of SKEWED_KL.
+      top_k: compare the teacher's K likeliest tokens and the rest as one bucket; None for the whole vocabulary.
+      shards: devices that the rows of the batch are spread over; a slice has `SLICE_TOKENS` for each.
+    """
+
+    form: LogitsLoss = LogitsLoss.FORWARD_KL
+    temperature: float = 1.0
+    skew: float = 0.1
+    top_k: int | None = None
+    shards: int = 1
+
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by."""
+        return self.temperature if self.form.of_distributions else 1.0
+
+
+def logits_loss(
+    settings: LogitsSettings,
+    student_BTD: jax.Array,
+    student_VD: jax.Array,
+    teacher_BTC: jax.Array,
+    teacher_VC: jax.Array,
+    mask_BT: jax.Array,
+) -> jax.Array:
+    """Sum over positions of mask * loss(teacher, student), float32.
+
+    Args:
+      settings: which loss.
+      student_BTD: final hidden states of the student.
+      student_VD: its vocabulary projection.
+      teacher_BTC: final hidden states of the teacher, of its own width C; no gradient flows to it.
+      teacher_VC: its vocabulary projection.
+      mask_BT: weight of each position; no gradient flows to it.
+    """
+    return _fused(settings, student_BTD, student_VD, (teacher_BTC, teacher_VC), mask_BT)
+
+
+def cached_logits_loss(
+    settings: LogitsSettings, student_BTD: jax.Array, student_VD: jax.Array, teacher: TopK, mask_BT: jax.Array
+) -> jax.Array:
+    """The same from the teacher's K likeliest tokens of each position, as `support.top_k` found them."""
+    return _fused(settings, student_BTD, student_VD, teacher, mask_BT)
+
+
+def teacher_top_k(settings: LogitsSettings, teacher_BTC: jax.Array, teacher_VC: jax.Array) -> TopK:
+    """The `settings.top_k` likeliest tokens of each position; what a cache holds."""
+    guide, guide_of = _guide(settings, (teacher_BTC, teacher_VC))
+    _, pieces = jax.lax.scan(lambda _, piece: (None, guide_of(piece)), None, time_slices(settings.shards, guide))
+    return joined(pieces, teacher_BTC.shape[1])
 
 
 def forward_kl(
@@ -20,81 +87,114 @@ def forward_kl(
     mask_BT: jax.Array,
     temperature: float = 1.0,
 ) -> jax.Array:
-    """Sum over positions of mask * KL(teacher || student), nats (Hinton et al. 2015; Minitron, 2407.14679, section 3).
-
-    Args:
-      student_BTD: final hidden states of the student.
-      student_VD: its vocabulary projection.
-      teacher_BTC: final hidden states of the teacher, of its own width C; no gradient flows to it.
-      teacher_VC: its vocabulary projection.
-      mask_BT: weight of each position; no gradient flows to it.
-      temperature: divides both logits; the KL is multiplied by its square, so gradients keep their size.
-    """
-    return _kl(temperature, student_BTD, student_VD, teacher_BTC, teacher_VC, mask_BT)
+    """`logits_loss` with KL(teacher || student), nats (Hinton et al. 2015; Minitron, 2407.14679, section 3)."""
+    settings = LogitsSettings(temperature=temperature)
+    return logits_loss(settings, student_BTD, student_VD, teacher_BTC, teacher_VC, mask_BT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _kl(temperature, student_BTD, student_VD, teacher_BTC, teacher_VC, mask_BT):
-    return _scan(temperature, False, student_BTD, student_VD, teacher_BTC, teacher_VC, mask_BT)[0]
+def _fused(settings, student_BTD, student_VD, teacher, mask_BT):
+    return _scan(settings, False, student_BTD, student_VD, teacher, mask_BT)[0]
 
 
-def _kl_forward(temperature, student_BTD, student_VD, teacher_BTC, teacher_VC, mask_BT):
-    total, d_student_BTD, d_student_VD = _scan(
-        temperature, True, student_BTD, student_VD, teacher_BTC, teacher_VC, mask_BT
-    )
+def _forward(settings, student_BTD, student_VD, teacher, mask_BT):
+    total, d_student_BTD, d_student_VD = _scan(settings, True, student_BTD, student_VD, teacher, mask_BT)
     return total, (d_student_BTD, d_student_VD)
 
 
-def _kl_backward(temperature, saved, gradient):
-    del temperature
+def _backward(settings, saved, gradient):
+    del settings
     # `gradient` is float32 and may be as fine as 1 / tokens: scale in float32, then round once.
     d_student_BTD, d_student_VD = ((x * gradient).astype(x.dtype) for x in saved)
-    return d_student_BTD, d_student_VD, None, None, None
+    return d_student_BTD, d_student_VD, None, None
 
 
-_kl.defvjp(_kl_forward, _kl_backward)
+_fused.defvjp(_forward, _backward)
 
 
-def _scan(temperature, with_gradient, student_BTD, student_VD, teacher_BTC, teacher_VC, mask_BT):
-    batch, time, _ = student_BTD.shape
-    width = _slice_width(time, max(1, SLICE_TOKENS // batch))
-    weights = (student_VD.astype(student_BTD.dtype), teacher_VC.astype(teacher_BTC.dtype))
+def _scan(settings, with_gradient, student_BTD, student_VD, teacher, mask_BT):
+    student_weights_VD = student_VD.astype(student_BTD.dtype)
+    guide, guide_of = _guide(settings, teacher)
 
-    def slices(x):  # slice over time, so that a batch axis that is sharded stays sharded
-        return jnp.moveaxis(x.reshape(batch, time // width, width, *x.shape[2:]), 1, 0)
+    def piece(student_BWD, guide_piece, mask_BW):
+        compare = _compare(settings, guide_of(guide_piece))
+        return _piece(settings, with_gradient, student_weights_VD, student_BWD, compare, mask_BW)
 
-    def body(carry, piece):
+    def body(carry, pieces):
         total, d_VD = carry
-        value, d_hidden, d_piece_VD = _piece(temperature, with_gradient, weights, *piece)
+        value, d_hidden, d_piece_VD = piece(*pieces)
         return (total + value, d_VD + d_piece_VD if with_gradient else d_VD), d_hidden
 
     start = (jnp.zeros((), jnp.float32), jnp.zeros(student_VD.shape if with_gradient else (), jnp.float32))
-    (total, d_VD), d_hidden = jax.lax.scan(body, start, (slices(student_BTD), slices(teacher_BTC), slices(mask_BT)))
+    parts = time_slices(settings.shards, (student_BTD, guide, mask_BT))
+    (total, d_VD), d_hidden = jax.lax.scan(body, start, parts)
     if not with_gradient:
         return total, None, None
-    d_BTD = jnp.moveaxis(d_hidden, 0, 1).reshape(student_BTD.shape)
-    return total, d_BTD, d_VD.astype(student_VD.dtype)
+    return total, joined(d_hidden, student_BTD.shape[1]), d_VD.astype(student_VD.dtype)
 
 
-def _piece(temperature, with_gradient, weights, student_BWD, teacher_BWC, mask_BW):
-    # Vocabulary first, as in models.vocabulary: the large matrix is then never a transposed operand, which XLA on CPU
-    # would copy before each product.
-    student_VD, teacher_VC = weights
-    scale = 1.0 / temperature
-    q_VBW = jnp.einsum("VD,BWD->VBW", student_VD, student_BWD, preferred_element_type=jnp.float32) * scale
-    p_VBW = jnp.einsum("VC,BWC->VBW", teacher_VC, teacher_BWC, preferred_element_type=jnp.float32) * scale
-    q_log_VBW, p_log_VBW = (jax.nn.log_softmax(logits_VBW, axis=0) for logits_VBW in (q_VBW, p_VBW))
-    value = temperature**2 * jnp.sum(mask_BW * jnp.sum(jnp.exp(p_log_VBW) * (p_log_VBW - q_log_VBW), axis=0))
+def _guide(settings: LogitsSettings, teacher: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """What is cut along time, and the function from a slice of it to the teacher's logits [V, B, W] or TopK."""
+    if isinstance(teacher, TopK):
+        return teacher, lambda piece: piece
+    teacher_BTC, teacher_VC = teacher
+    weights_VC = teacher_VC.astype(teacher_BTC.dtype)
+
+    def logits_of(teacher_BWC):
+        logits_VBW = _logits(weights_VC, teacher_BWC, settings.divisor)
+        return logits_VBW if settings.top_k is None else support.top_k(logits_VBW, settings.top_k)
+
+    return teacher_BTC, logits_of
+
+
+def _compare(settings: LogitsSettings, guide: Any) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    """The loss and its gradient as a function of the student's logits [V, B, W]."""
+    if isinstance(guide, TopK):
+        compare = functools.partial(divergence, settings.form, skew=settings.skew)
+        return lambda student_VBW: support.through_buckets(compare, student_VBW, guide)
+    return lambda student_VBW: divergence(settings.form, student_VBW, guide, settings.skew)
+
+
+def _piece(settings, with_gradient, weights_VD, student_BWD, compare, mask_BW):
+    value_BW, d_VBW = compare(_logits(weights_VD, student_BWD, settings.divisor))
+    present_BW = mask_BW != 0  # what is masked may be infinite
+    value = settings.divisor**2 * jnp.sum(jnp.where(present_BW, mask_BW * value_BW, 0.0))
     if not with_gradient:
         return value, None, None
-    d_logits = (temperature * mask_BW)[None] * (jnp.exp(q_log_VBW) - jnp.exp(p_log_VBW))
-    d_logits = d_logits.astype(student_BWD.dtype)
+    scale_BW = (settings.divisor * mask_BW)[None]
+    d_VBW = jnp.where(present_BW[None], scale_BW * d_VBW, 0.0).astype(student_BWD.dtype)
     # No float32 result here: XLA on CPU has no bfloat16 product of that kind in this layout.
-    d_hidden = jnp.einsum("VD,VBW->DBW", student_VD, d_logits).transpose(1, 2, 0)
-    d_VD = jnp.einsum("VBW,BWD->VD", d_logits, student_BWD, preferred_element_type=jnp.float32)
-    return value, d_hidden, d_VD
+    d_hidden_BWD = jnp.einsum("VD,VBW->DBW", weights_VD, d_VBW).transpose(1, 2, 0)
+    d_VD = jnp.einsum("VBW,BWD->VD", d_VBW, student_BWD, preferred_element_type=jnp.float32)
+    return value, d_hidden_BWD, d_VD
 
 
-def _slice_width(time: int, wanted: int) -> int:
-    """The largest divisor of `time` that is not above `wanted`."""
-    return max(width for width in range(1, min(time, wanted) + 1) if time % width == 0)
+def _logits(weights_VD: jax.Array, hidden_BWD: jax.Array, divisor: float) -> jax.Array:
+    # Vocabulary first, as in models.vocabulary: the large matrix is then never a transposed operand, which XLA on CPU
+    # would copy before each product.
+    logits_VBW = jnp.einsum("VD,BWD->VBW", weights_VD, hidden_BWD, preferred_element_type=jnp.float32)
+    return logits_VBW * (1.0 / divisor)
+
+
+def time_slices(shards: int, tree: Any) -> Any:
+    """Arrays [B, T, ...] as [slices, B, W, ...], zeros behind the end; over time, so that a sharded batch stays so."""
+    batch, time = jax.tree.leaves(tree)[0].shape[:2]
+    count = -(-time // max(1, SLICE_TOKENS * shards // batch))
+    width = -(-time // count)
+    count = -(-time // width)
+
+    def cut(x):
+        padding = [(0, 0), (0, count * width - time)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(batch, count, width, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, tree)
+
+
+def joined(tree: Any, time: int) -> Any:
+    """The inverse of `time_slices`."""
+
+    def join(x):
+        count, batch, width = x.shape[:3]
+        return jnp.moveaxis(x, 0, 1).reshape(batch, count * width, *x.shape[3:])[:, :time]
+
+    return jax.tree.map(join, tree)

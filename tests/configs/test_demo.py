@@ -20,7 +20,7 @@ def test_every_stage_has_a_section_and_a_command(config):
 
 def test_mixtures_name_sources_of_the_corpus(config):
     sources = set(config.prepare_data.sources)
-    for section in (config.pretrain, config.distill, config.cpt):
+    for section in (config.pretrain, config.correct_teacher, config.distill, config.cpt):
         for phase in section.phases.values():
             assert set(phase.mixture) <= sources
             assert phase.batch_size % config.loader.streams == 0
@@ -33,7 +33,7 @@ def test_fixed_names(config):
     assert {"layers", "model_dim", "mlp_dim", "heads", "kv_heads"} <= set(config.prune.target)
     assert {"data", "fsdp", "expert", "tensor", "context"} == set(config.mesh)
     assert {"benchmarks", "data_dir", "num_samples", "samples"} <= set(config.evaluate)
-    for name in ("prune", "distill", "upcycle", "cpt", "evaluate"):
+    for name in ("correct_teacher", "prune", "distill", "upcycle", "cpt", "evaluate"):
         assert "init_from" in config[name]
     for name in ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate"):
         assert config[name].seed is None  # the recipe's

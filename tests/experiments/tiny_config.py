@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.validation = {"batch_size": 8, "sequence_length": 64, "max_tokens_per_source": 1500}
     config.loader.streams = 4
     mixture = {"standard_library": 0.7, "mathematics": 0.3}
-    for section in (config.pretrain, config.distill, config.cpt):
+    for section in (config.pretrain, config.correct_teacher, config.distill, config.cpt):
         section.update({"log_every": 1, "eval_every": 5, "save_every": 4})
         for phase in section.phases.values():
             phase.update({"batch_size": 8, "sequence_length": 64})
@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
         section.calibration.update({"batch_size": 8, "sequence_length": 64})
         section.calibration.mixture = ConfigDict(mixture)
     config.pretrain.steps, config.distill.steps, config.cpt.steps, config.prune.steps = 12, 8, 10, 2
-    config.upcycle.steps = 2
+    config.correct_teacher.steps, config.upcycle.steps = 6, 2
+    config.cache_teacher.update({"top_k": 20, "dtype": "float32", "shard_steps": 3})
     config.evaluate.update({"num_samples": 1, "max_new_tokens": 4, "infilling_tasks": 4, "infilling_window": 60})
     return config

@@ -1,5 +1,6 @@
 """Forward KL against float64 numpy and against a plain float32 version under jax.grad."""
 
+import functools
 import re
 
 import jax
@@ -9,16 +10,17 @@ import pytest
 
 from kwaicoder_jax import distillation
 from kwaicoder_jax.distillation import logits as implementation
+from tests.kwaicoder_jax.distillation import reference as ref
 from tests.kwaicoder_jax.training import devices
 
 B, T, D, C, V = 3, 14, 8, 11, 29
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-5}  # float32 sums of 42 tokens; gradients are of size 1
 
 
-def arrays(batch=B, time=T, seed=0):
+def arrays(batch=B, time=T, seed=0, vocab=V):
     """Student and teacher hidden states and tables, and a mask of 0, 1 and weights between."""
     rng = np.random.default_rng(seed)
-    shapes = [(batch, time, D), (V, D), (batch, time, C), (V, C)]
+    shapes = [(batch, time, D), (vocab, D), (batch, time, C), (vocab, C)]
     mask = rng.choice([0.0, 1.0, 0.25], (batch, time), p=[0.3, 0.5, 0.2])
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes] + [mask.astype(np.float32)]
 
@@ -121,19 +123,66 @@ def test_upstream_gradient_is_not_rounded_to_bfloat16():
     np.testing.assert_array_equal(np.asarray(scaled, np.float32), np.asarray(expected, np.float32))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("form", tuple(distillation.LogitsLoss))
+def test_every_loss_with_its_mask_and_temperature(monkeypatch, form, temperature):
+    monkeypatch.setattr(implementation, "SLICE_TOKENS", 12)
+    values = arrays(2, 9)  # slices of 5 positions, the last one filled up
+    settings = distillation.LogitsSettings(form=form, skew=ref.SKEW, temperature=temperature)
+    value, gradients = jax.value_and_grad(distillation.logits_loss, (1, 2))(settings, *values)
+    student, table, teacher, teacher_table, mask = (np.asarray(x, np.float64) for x in values)
+    guide = teacher @ teacher_table.T
+
+    def loss(scores):
+        return (mask * ref.of_logits(form, scores, guide, temperature)).sum()
+
+    np.testing.assert_allclose(value, loss(student @ table.T), rtol=1e-5)
+    by_scores = ref.gradient(loss, student @ table.T)
+    for got, right in zip(gradients, (by_scores @ table, np.einsum("BTV,BTD->VD", by_scores, student))):
+        np.testing.assert_allclose(got, right, rtol=1e-4, atol=2e-5)
+    assert (np.asarray(gradients[0])[mask == 0] == 0).all()
+
+
 def sizes_in(text):
     return [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\d+\[([\d,]+)\]", text)]
 
 
-def test_no_array_of_all_tokens_by_vocabulary_exists():
-    batch, time = 2, 2048
-    values = arrays(batch, time)
-    function = jax.jit(jax.value_and_grad(distillation.forward_kl, (0, 1)))
-    whole, piece = batch * time * V, implementation.SLICE_TOKENS * V
-    for text in (str(jax.make_jaxpr(function)(*values)), function.lower(*values).compile().as_text()):
+VARIANTS = [distillation.LogitsSettings(form=form) for form in distillation.LogitsLoss] + [
+    distillation.LogitsSettings(form=form, top_k=5) for form in distillation.LogitsLoss if form.of_distributions
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda x: f"{x.form}-{x.top_k}")
+def test_no_array_of_all_tokens_by_vocabulary_exists(settings):
+    batch, time, vocab = 2, 6144, 389
+    values = arrays(batch, time, vocab=vocab)
+    function = jax.jit(jax.value_and_grad(functools.partial(distillation.logits_loss, settings), (0, 1)))
+    compiled = function.lower(*values).compile()
+    whole, piece = batch * time * vocab, implementation.SLICE_TOKENS * vocab
+    for text in (str(jax.make_jaxpr(function)(*values)), compiled.as_text()):
         assert max(sizes_in(text)) < whole, "the logits of all tokens are made at once"
         assert piece in sizes_in(text), "the slices are not where this test looks for them"
-    np.testing.assert_allclose(function(*values)[0], reference(*values)[0], rtol=1e-5)
+    # In bytes: a few slices of float32, and the states, which are small here.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * whole
+    np.testing.assert_allclose(compiled(*values)[0], _exact_sum(settings, values), rtol=1e-4)
+
+
+def _exact_sum(settings, values):
+    student, table, teacher, teacher_table, mask = (np.asarray(x, np.float64) for x in values)
+    scores, guide = student @ table.T, teacher @ teacher_table.T
+    if settings.top_k is None:
+        return (mask * ref.of_logits(settings.form, scores, guide, skew=settings.skew)).sum()
+    return (mask * ref.of_buckets(settings.form, scores, guide, settings.top_k, skew=settings.skew)).sum()
+
+
+def test_slices_grow_with_the_devices_that_share_them():
+    values = arrays(4, 4096)
+    counts = []
+    for shards in (1, 2, 4):
+        settings = distillation.LogitsSettings(shards=shards)
+        text = str(jax.make_jaxpr(functools.partial(distillation.logits_loss, settings))(*values))
+        counts.append(int(re.search(r"length=(\d+)", text).group(1)))
+    assert counts == [16, 8, 4]
 
 
 def test_four_devices_agree_with_one():

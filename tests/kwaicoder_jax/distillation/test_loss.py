@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kwaicoder_jax import distillation, models, testing
+from kwaicoder_jax import distillation, models, testing, transforms
 from kwaicoder_jax.distillation import DistillConfig
+from tests.kwaicoder_jax.distillation import reference
 from tests.kwaicoder_jax.training import devices
 
 TEACHER = testing.dense_config()
+MIXTURE = testing.moe_config()
 STUDENT = testing.dense_config(layers=2, model_dim=20, mlp_dim=28, heads=4)
 PAIRS = ((0, 0), (1, 2))
 ALL = DistillConfig(temperature=2.0, cross_entropy=0.3)
@@ -26,8 +28,8 @@ def trainable(student=STUDENT, pairs=PAIRS, kept=KEPT, noise=0.1):
     return {"model": testing.random_params(student, seed=5), "projections": projections}
 
 
-def loss(tree, batch, teacher, config, *, student=STUDENT, teacher_config=TEACHER, pairs=PAIRS):
-    options = {"student_config": student, "teacher_config": teacher_config, "pairs": pairs, "config": config}
+def loss(tree, batch, teacher, config, *, student=STUDENT, teacher_config=TEACHER, pairs=PAIRS, **more):
+    options = {"student_config": student, "teacher_config": teacher_config, "pairs": pairs, "config": config, **more}
     return distillation.distillation_loss(tree, batch, teacher, **options, runtime=models.Runtime())
 
 
@@ -130,11 +132,75 @@ def test_a_batch_without_targets_gives_zero(setting):
     assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(gradients))
 
 
-def test_a_mixture_teaches_a_mixture():
-    moe = testing.moe_config()
-    pairs = tuple((i, i) for i in range(moe.layers))
-    tree, guide = trainable(moe, pairs, range(32), noise=0), testing.random_params(moe)
-    function = value_and_grad(DistillConfig(), student=moe, teacher_config=moe, pairs=pairs)
-    (value, metrics), (gradients, _) = function(tree, testing.random_batch(moe, 2, 12), guide)
-    np.testing.assert_allclose(value, 2 * metrics["loss"], rtol=1e-5)
+def top_k_of(teacher, batch, config, count):
+    """The arrays that a cache adds to a batch, from whole logits in float64."""
+    output = testing.run(teacher, config, batch)
+    scores = np.asarray(models.logits(output.hidden_BTD, models.projection(teacher)), np.float64)
+    ids = np.argsort(-scores, -1, kind="stable")[..., :count]
+    p = reference.log_softmax(scores)
+    best = np.take_along_axis(p, ids, -1)
+    arrays = {"ids_BTK": ids.astype(np.int32), "log_p_BTK": best, "log_tail_BT": np.log1p(-np.exp(best).sum(-1))}
+    return {name: x if x.dtype == np.int32 else x.astype(np.float32) for name, x in arrays.items()}
+
+
+@pytest.mark.parametrize("form", ["forward_kl", "jensen_shannon"])
+def test_stored_logits_train_as_the_live_teacher_does(setting, form):
+    tree, batch, teacher = setting
+    config = DistillConfig(hidden=False, logits_loss=form, top_k=7, cross_entropy=0.3)
+    live = value_and_grad(config)(*setting)
+    stored = value_and_grad(config, teacher_config=None)(tree, batch | top_k_of(teacher, batch, TEACHER, 7), {})
+    assert set(stored[0][1]) == {"loss", "tokens", "cross_entropy"}
+    for a, b in zip(jax.tree.leaves((stored[0], stored[1][0])), jax.tree.leaves((live[0], live[1][0]))):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+def balance(router):
+    """A loss that has a closed form of its own, on what a router reports."""
+    return 0.5 * jnp.mean(router.z), {"router_z_loss": jnp.mean(router.z)}
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"), [(MIXTURE, TEACHER), (STUDENT, MIXTURE), (MIXTURE, MIXTURE)], ids=("to", "from", "both")
+)
+def test_mixtures_teach_and_are_taught(student, teacher):
+    """Dense into mixture, mixture into dense, mixture into mixture; the balance of the student's routers is added."""
+    pairs = tuple((i, i) for i in range(student.layers))
+    kept = range(student.model_dim)
+    tree, guide = trainable(student, pairs, kept), testing.random_params(teacher)
+    batch = testing.random_batch(teacher, 2, 12)
+    options = {"student": student, "teacher_config": teacher, "pairs": pairs}
+    function = value_and_grad(DistillConfig(), router_loss=balance, **options)
+    (value, metrics), (gradients, of_teacher) = function(tree, batch, guide)
+    z = np.mean(testing.run(tree["model"], student, batch).router.z) if student.experts else 0.0
+    np.testing.assert_allclose(value, 2 * metrics["loss"] + 0.5 * z, rtol=1e-5)
+    assert ("router_z_loss" in metrics) == (student.experts is not None)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(gradients["model"]))
+    assert all((np.asarray(x) == 0).all() for x in jax.tree.leaves(of_teacher))
+    without, _ = value_and_grad(DistillConfig(), **options)(tree, batch, guide)
+    np.testing.assert_allclose(without[0], 2 * metrics["loss"], rtol=1e-5)
+
+
+def test_a_pruned_student_s_embedding_is_the_selection_of_its_teacher_s():
+    """Decision 8: the residual stream's kept channels stay at their scale, so the 0/1 matrix needs no further factor."""
+    teacher, batch = testing.random_params(TEACHER), testing.random_batch(TEACHER, 2, 16)
+    scores = transforms.importance.collect(teacher, TEACHER, [batch])
+    target = transforms.Target(model_dim=20)
+    student, config, record = transforms.prune.apply(teacher, TEACHER, scores, target, norm_correction=True)
+    kept = record["kept"]["embed"]
+    matrix = distillation.selection_matrix(kept, TEACHER.model_dim)
+    ours, theirs = (testing.run(p, c, batch).embedded_BTD for p, c in ((student, config), (teacher, TEACHER)))
+    np.testing.assert_array_equal(ours @ matrix, np.where(np.isin(np.arange(32), kept), theirs, 0))
+
+
+def test_states_of_layers_that_are_not_compared_are_not_stacked():
+    """Of a teacher whose layers are unrolled: the compiled text has no array of all its layers' states."""
+    teacher, batch = testing.dense_config(layers=12), testing.random_batch(TEACHER, 4, 24)
+    pairs, params = ((0, 3), (1, 11)), testing.random_params(teacher)
+    tree = trainable(STUDENT, pairs)
+    function = functools.partial(
+        distillation.distillation_loss, student_config=STUDENT, teacher_config=teacher, pairs=pairs,
+        config=DistillConfig(), runtime=models.Runtime(scan_unroll=0),
+    )  # fmt: skip
+    text = jax.jit(jax.value_and_grad(function, has_aux=True)).lower(tree, batch, params).compile().as_text()
+    assert "f32[2,4,24,32]" in text, "the compared states are not where this test looks for them"
+    assert "f32[12,4,24,32]" not in text

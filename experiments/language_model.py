@@ -1,0 +1,62 @@
+"""What pretrain, correct_teacher and cpt share: a model that is trained on labels, dense or a mixture."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from experiments.contract import Context
+from experiments.training_stage import Run, runtime_of
+from kwaicoder_jax import models, training
+
+
+def job(
+    context: Context, config: models.ModelConfig, mesh: Any, *, load: Callable[[], Any], lineage: list[dict[str, Any]],
+    balance: training.BalanceConfig | None = None, **more: Any,
+) -> Run:  # fmt: skip
+    """A run of the context's stage on labels alone.
+
+    Args:
+      context: of the stage; its name is added to the lineage.
+      config: the model.
+      mesh: the devices.
+      load: makes its parameters.
+      lineage: of what it starts from.
+      balance: of the routers, where it is a mixture.
+      **more: other fields of `Run`.
+    """
+    runtime, weights = runtime_of(context), balance or training.BalanceConfig()
+
+    def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
+        del frozen
+        return training.language_model_loss(trainable["model"], config, batch, runtime=runtime, balance=weights)
+
+    return Run(
+        folder=context.folder,
+        model=config,
+        abstract={"model": training.abstract_params(config, mesh)},
+        load=lambda: {"model": load()},
+        loss=loss,
+        frozen={},
+        flops_per_token=functools.partial(models.train_flops_per_token, config),
+        lineage=[*lineage, {"stage": context.stage.name, "identity": context.identity}],
+        **more,
+    )
+
+
+def router_loss(balance: training.BalanceConfig) -> Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]]:
+    """The balance losses of a mixture as a function of its routers' statistics, with their metrics."""
+
+    def loss(router: models.RouterStatistics) -> tuple[jax.Array, dict[str, jax.Array]]:
+        metrics = training.router_metrics(router)
+        return balance.load * metrics["load_balance_loss"] + balance.z * metrics["router_z_loss"], metrics
+
+    return loss
+
+
+def router_summary(folder: Any) -> dict[str, float]:
+    """The summary keys of a mixture, from the last step that was logged; empty for a dense model."""
+    names = ("expert_load_max_over_mean", "router_entropy")
+    records = [r for r in training.read_metrics(folder / "metrics.jsonl") if names[0] in r]
+    return {name: records[-1][name] for name in names} if records else {}
