@@ -75,7 +75,7 @@ def apart(tree: Tree) -> Tree:
 
 
 def _copy(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.Array) or next(iter(leaf.sharding.device_set)).platform != "cpu":
+    if not isinstance(leaf, jax.Array) or next(iter(leaf.devices())).platform != "cpu":
         return leaf
     shards = [jax.device_put(shard.data, shard.device, may_alias=False) for shard in leaf.addressable_shards]
     jax.block_until_ready(shards)

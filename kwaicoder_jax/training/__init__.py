@@ -1,6 +1,7 @@
 """Mesh and sharding rules, optimizer, schedule, state, step, loop, metrics."""
 
-from kwaicoder_jax.training.loop import Diverged, Loop, LoopConfig, Preempted, Progress
+from kwaicoder_jax.training.guard import Diverged, Guard, SpikeConfig
+from kwaicoder_jax.training.loop import Loop, LoopConfig, Preempted
 from kwaicoder_jax.training.losses import (
     BalanceConfig,
     language_model_loss,
@@ -15,16 +16,19 @@ from kwaicoder_jax.training.mesh import (
     abstract_params,
     batch_sharding,
     make_mesh,
+    own_rows,
     param_shardings,
     partition,
     replicated,
+    row_share,
     shard_batch,
 )
 from kwaicoder_jax.training.metrics import TIME_KEYS, MetricsLog, read_metrics
 from kwaicoder_jax.training.optimizer import OptimizerConfig, make_optimizer
+from kwaicoder_jax.training.resuming import Progress
 from kwaicoder_jax.training.schedule import Law, PhaseRate, join, phase_rate
 from kwaicoder_jax.training.state import TrainState, abstract_state, make_state, state_shardings
-from kwaicoder_jax.training.step import HeldOutLoss, make_step
+from kwaicoder_jax.training.step import HeldOutLoss, Interrupted, make_step
 
 __all__ = [
     "BATCH_AXES",
@@ -32,7 +36,9 @@ __all__ = [
     "TIME_KEYS",
     "BalanceConfig",
     "Diverged",
+    "Guard",
     "HeldOutLoss",
+    "Interrupted",
     "Law",
     "Loop",
     "LoopConfig",
@@ -42,6 +48,7 @@ __all__ = [
     "PhaseRate",
     "Preempted",
     "Progress",
+    "SpikeConfig",
     "TrainState",
     "abstract_params",
     "abstract_state",
@@ -53,12 +60,14 @@ __all__ = [
     "make_optimizer",
     "make_state",
     "make_step",
+    "own_rows",
     "param_shardings",
     "partition",
     "phase_rate",
     "read_metrics",
     "replicated",
     "router_metrics",
+    "row_share",
     "run_model",
     "shard_batch",
     "state_shardings",

@@ -1,6 +1,7 @@
 """The device mesh, and the one table that maps logical axes of parameters and batches to mesh axes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,17 +90,48 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+@functools.lru_cache
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows this process holds, and of how many; processes may hold the same part."""
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts: dict[int, set[int]] = {}
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((shares,))
+    for device, (rows,) in places.items():
+        parts.setdefault(device.process_index, set()).add(rows.start or 0)
+    distinct = sorted({tuple(sorted(part)) for part in parts.values()})
+    if [row for part in distinct for row in part] != list(range(shares)) or len({len(part) for part in distinct}) != 1:
+        raise UserError(
+            "the processes do not hold whole, equal runs of a batch's rows", where="mesh",
+            remedy="let each of mesh.data, fsdp and expert divide, or be divided by, the number of processes",
+        )  # fmt: skip
+    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
+
+
+def own_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """This process's rows of a whole batch."""
+    index, count = row_share(mesh)
+    rows = min((len(value) for value in batch.values()), default=0)
+    if rows % count:
+        what, remedy = f"a batch of {rows} rows, which {count} processes cannot share", f"use a multiple of {count}"
+        raise UserError(what, where="validation.batch_size", remedy=remedy)
+    return {key: value[index * rows // count : (index + 1) * rows // count] for key, value in batch.items()}
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Places this process's rows of a global batch; together the processes hold the whole batch."""
     sharding = batch_sharding(mesh)
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    rows = jax.process_count() * min((len(value) for value in batch.values()), default=0)
+    count = row_share(mesh)[1] if jax.process_count() > 1 else 1
+    rows = count * min((len(value) for value in batch.values()), default=0)
     if rows % shares:
         raise UserError(
             f"a batch of {rows} rows, which {shares} devices ({' * '.join(BATCH_AXES)}) cannot share", where="mesh",
             remedy=f"use a batch size that is a multiple of {shares}",
         )  # fmt: skip
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value, (count * len(value), *value.shape[1:]))
+        for key, value in batch.items()
+    }
 
 
 def abstract_params(config: models.ModelConfig, mesh: Mesh) -> Any:

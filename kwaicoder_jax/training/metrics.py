@@ -19,20 +19,25 @@ class MetricsLog:
     Args:
       folder: the stage folder.
       restored_step: the step that training goes on from; None for a fresh start.
+      evaluated_step: that of the last evaluation that counts; a later one will be made again.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], restored_step: int | None):
+    def __init__(self, folder: str | os.PathLike[str], restored_step: int | None, evaluated_step: int | None = None):
         from tensorboardX import (
             SummaryWriter,  # imports PyTorch where that is installed: a second of every command's start
         )
 
         self.file = epath.Path(folder) / "metrics.jsonl"
-        self._cut(restored_step)
+        self._cut(restored_step, restored_step if evaluated_step is None else evaluated_step)
         purge = None if restored_step is None else restored_step + 1
         self._events = SummaryWriter(os.fspath(epath.Path(folder) / "events"), purge_step=purge, flush_secs=30)
 
-    def _cut(self, restored_step: int | None) -> None:
-        kept = [] if restored_step is None else [r for r in read_metrics(self.file) if r["step"] <= restored_step]
+    def _cut(self, restored_step: int | None, evaluated_step: int | None) -> None:
+        kept = []
+        if restored_step is not None and evaluated_step is not None:
+            for record in read_metrics(self.file):
+                if record["step"] <= (evaluated_step if "valid_loss" in record else restored_step):
+                    kept.append(record)
         temporary = self.file.parent / f".{self.file.name}.tmp"
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         temporary.replace(self.file)
