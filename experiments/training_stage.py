@@ -53,11 +53,12 @@ def corpus_of(context: Context) -> data.Corpus:
     return data.Corpus.open(context.inputs["corpus"] / "corpus")
 
 
-def loader_of(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec]) -> data.TrainingLoader:
+def loader_of(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any) -> data.TrainingLoader:
     """This process's share of the batches of some phases, from their start."""
+    index, count = training.row_share(mesh)
     return data.TrainingLoader(
         corpus, phases, seed=context.seed, streams=context.config["loader"]["streams"],
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        process_index=index, process_count=count,
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def calibration_phase(context: Context) -> data.PhaseSpec:
 
 def calibration_of(context: Context, corpus: data.Corpus, mesh: Any) -> Iterator[dict[str, jax.Array]]:
     """Those batches, anew, on the mesh."""
-    loader = loader_of(context, corpus, [calibration_phase(context)])
+    loader = loader_of(context, corpus, [calibration_phase(context)], mesh)
     return (training.shard_batch(batch, mesh) for batch in loader)
 
 
@@ -143,6 +144,11 @@ class Phases:
         """The number of the phase that the step (from 0) belongs to, from 1."""
         borders = np.cumsum([phase.steps for phase in self.data])
         return int(np.searchsorted(borders, step, side="right")) + 1
+
+    def shapes_from(self, step: int) -> list[tuple[int, int]]:
+        """Rows and places of the batches that come after `step` of them."""
+        ends = np.cumsum([phase.steps for phase in self.data])
+        return [(phase.batch_size, phase.sequence_length) for phase, end in zip(self.data, ends) if end > step]
 
 
 def phases_of(section: dict[str, Any], where: str) -> Phases:
@@ -221,15 +227,24 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
     shardings = training.state_shardings(run.abstract, optimizer, run.model, mesh)
     make_state = functools.partial(training.make_state, optimizer=optimizer)
     initial = jax.jit(make_state, out_shardings=shardings)
-    batches = loader_of(context, corpus, phases.data)
+    batches = loader_of(context, corpus, phases.data, mesh)
     if run.data_position is not None:
         batches.go_on_from(run.data_position)
-    intervals = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
-    loop_config = build(training.LoopConfig, intervals, name)
+    loop_config = loop_config_of(section, name)
     loader = data.prefetch(batches)
-    store = checkpoints.CheckpointStore(run.folder / "checkpoints")
-    with context.stop.deferred(), context.display.progress(section["steps"], "steps") as update:
+    store = checkpoints.CheckpointStore(run.folder / "checkpoints", asynchronous=True)
+    watch = context.watch
+    with context.stop.deferred(), watch.armed(), context.display.progress(section["steps"], "steps") as update:
         note = _Note(label)
+
+        def on_step(step: int) -> None:
+            watch.finished(step)
+            update(step, note.text)
+
+        def on_phase(phase: str, unsaved: bool) -> None:
+            watch.at(phase)
+            context.stop.idle(not unsaved)
+
         loop = training.Loop(
             config=loop_config,
             step=training.make_step(run.loss, optimizer, rate, shardings),
@@ -249,9 +264,13 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
             },
             flops_per_token=run.flops_per_token,
             phase_of=phases.phase_of,
+            shapes_from=phases.shapes_from,
+            merge=data.merge_states,
             stop_requested=lambda: context.stop.requested,
             on_record=note.record,
-            on_step=lambda step: update(step, note.text),
+            on_step=on_step,
+            on_phase=on_phase,
+            on_warning=context.display.line,
         )
         try:
             loop.run()
@@ -263,6 +282,15 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
             loader.close()
             store.close()
     return summarise(run.folder)
+
+
+def loop_config_of(section: dict[str, Any], name: str) -> training.LoopConfig:
+    """Intervals, and when a run gives up."""
+    values = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
+    values["max_skipped_steps"] = section.get("max_skipped_steps", training.LoopConfig.max_skipped_steps)
+    if section.get("spike") is not None:
+        values["spike"] = build(training.SpikeConfig, section["spike"], f"{name}.spike")
+    return build(training.LoopConfig, values, name)
 
 
 def _with_moments(state: training.TrainState, run: Run) -> training.TrainState:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 
 class Clock:
-    """Adds up seconds by phase; phases may lie in one another, and time counts for the inner one.
+    """Adds up seconds by phase; phases may lie in one another, and time counts for the inner one. Outside: "step".
 
     Attributes:
       now: the phase that the run is in.
@@ -14,7 +14,7 @@ class Clock:
     """
 
     def __init__(self, on_enter: Callable[[str], None] = lambda phase: None):
-        self.now = "start"
+        self.now = "step"
         self.seconds: dict[str, float] = {}
         self._since = time.monotonic()
         self._on_enter = on_enter
@@ -27,7 +27,7 @@ class Clock:
         try:
             yield
         finally:
-            self._enter(before, tell=False)
+            self._enter(before)
 
     def read(self) -> dict[str, float]:
         """Seconds by phase up to this moment."""

@@ -157,9 +157,9 @@ class Loop:
         while progress.step + (pending is not None) < self.config.steps:
             with self.clock.phase("input"):
                 arrays = next(self.loader)
-            with jax.transfer_guard("disallow"):
                 batch = shard_batch(arrays, self.mesh)
-                program = self._program(state, batch)
+            program = self._program(state, batch)
+            with jax.transfer_guard("disallow"):
                 self._unsaved = True
                 state, metrics = program(state, batch, self.frozen)
             step = progress.step + (pending is not None) + 1

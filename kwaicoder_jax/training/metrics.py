@@ -28,6 +28,7 @@ class MetricsLog:
         )
 
         self.file = epath.Path(folder) / "metrics.jsonl"
+        self.file.parent.mkdir(parents=True, exist_ok=True)
         self._cut(restored_step, restored_step if evaluated_step is None else evaluated_step)
         purge = None if restored_step is None else restored_step + 1
         self._events = SummaryWriter(os.fspath(epath.Path(folder) / "events"), purge_step=purge, flush_secs=30)
