@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import fields
 from experiments.contract import Context, Section
-from experiments.stopping import Stopped
+from experiments.driving import drive
 from kwaicoder_jax import checkpoints, data, files, inference, models, training
 from kwaicoder_jax.errors import UserError
 
@@ -232,55 +232,32 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
         batches.go_on_from(run.data_position)
     loop_config = loop_config_of(section, name)
     loader = data.prefetch(batches)
-    store = checkpoints.CheckpointStore(run.folder / "checkpoints", asynchronous=True)
-    watch = context.watch
-    with context.stop.deferred(), watch.armed(), context.display.progress(section["steps"], "steps") as update:
-        note = _Note(label)
-
-        def on_step(step: int) -> None:
-            watch.finished(step)
-            update(step, note.text)
-
-        def on_phase(phase: str, unsaved: bool) -> None:
-            watch.at(phase)
-            context.stop.idle(not unsaved)
-
-        loop = training.Loop(
-            config=loop_config,
-            step=training.make_step(run.loss, optimizer, rate, shardings),
-            initial_state=lambda: _with_moments(initial(run.load()), run),
-            abstract=training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
-            frozen=run.frozen,
-            loader=loader,
-            held_out=training.HeldOutLoss(run.model, validation_of(context, corpus), mesh, runtime_of(context)),
-            store=store,
-            folder=run.folder,
-            mesh=mesh,
-            meta={
-                "model": run.model.to_dict(),
-                "tokenizer": corpus.tokenizer.hash,
-                "lineage": run.lineage,
-                "identity": context.identity,
-            },
-            flops_per_token=run.flops_per_token,
-            phase_of=phases.phase_of,
-            shapes_from=phases.shapes_from,
-            merge=data.merge_states,
-            stop_requested=lambda: context.stop.requested,
-            on_record=note.record,
-            on_step=on_step,
-            on_phase=on_phase,
-            on_warning=context.display.line,
-        )
-        try:
-            loop.run()
-        except training.Preempted:
-            raise Stopped from None
-        except training.Diverged as error:
-            raise UserError(error.what, where=f"{name}.{error.where}", remedy=error.remedy) from error
-        finally:
-            loader.close()
-            store.close()
+    loop = training.Loop(
+        config=loop_config,
+        step=training.make_step(run.loss, optimizer, rate, shardings),
+        initial_state=lambda: _with_moments(initial(run.load()), run),
+        abstract=training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
+        frozen=run.frozen,
+        loader=loader,
+        held_out=training.HeldOutLoss(run.model, validation_of(context, corpus), mesh, runtime_of(context)),
+        store=checkpoints.CheckpointStore(run.folder / "checkpoints", asynchronous=True),
+        folder=run.folder,
+        mesh=mesh,
+        meta={
+            "model": run.model.to_dict(),
+            "tokenizer": corpus.tokenizer.hash,
+            "lineage": run.lineage,
+            "identity": context.identity,
+        },
+        flops_per_token=run.flops_per_token,
+        phase_of=phases.phase_of,
+        shapes_from=phases.shapes_from,
+        merge=data.merge_states,
+    )
+    try:
+        drive(context, loop, label)
+    finally:
+        loader.close()
     return summarise(run.folder)
 
 
@@ -303,20 +280,6 @@ def _with_moments(state: training.TrainState, run: Run) -> training.TrainState:
     adam = adam._replace(count=count, mu={**adam.mu, "model": first}, nu={**adam.nu, "model": second})
     opt_state = (state.opt_state[0], adam, *state.opt_state[2:])
     return training.TrainState(state.step, state.trainable, opt_state)
-
-
-class _Note:
-    """The text beside the progress bar: the newest losses."""
-
-    def __init__(self, label: str):
-        self.text, self._label = label, label
-        self._parts: dict[str, str] = {}
-
-    def record(self, record: dict[str, Any]) -> None:
-        for key, short in (("loss", "loss"), ("valid_loss", "valid"), ("tokens_per_second", "tokens/s")):
-            if key in record:
-                self._parts[short] = f"{short} {record[key]:.0f}" if "/s" in short else f"{short} {record[key]:.3f}"
-        self.text = " ".join(filter(None, [self._label, ", ".join(self._parts.values())]))
 
 
 def summarise(folder: Any) -> dict[str, Any]:
