@@ -52,6 +52,7 @@ def define_flags() -> Any:
     flags.DEFINE_integer("join_seconds", 300, "How long to wait for the others at the start.")
     flags.DEFINE_integer("peer_seconds", 60, "How long another process may give no sign of life.", lower_bound=2)
     flags.DEFINE_float("watchdog_seconds", 3600.0, "How long a training step may take; 0 for ever.", lower_bound=0.0)
+    flags.DEFINE_string("profile_steps", None, "FIRST:LAST training step to profile, into STAGE/profile.")
     return config_flags.DEFINE_config_file(
         "config", None, "Recipe, as in configs/demo.py; --config.field=value, None for no value.",
         sys_argv=_split_nones(sys.argv)[0],
@@ -97,7 +98,7 @@ def execute(
     stop, display = Stop(), Display()
     stop.install()
     if resumable:
-        stop.watch(lambda: _end_stopped(display))
+        stop.watch(lambda: _end_stopped(display, stop))
     try:
         parse(sys.argv, required)
         work(stop, display)
@@ -113,7 +114,7 @@ def execute(
             raise
         _fail(f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written", stop)
     except Exception:
-        if not stop.joined:
+        if stop.leave is None:
             raise
         traceback.print_exc()
         end(LOST)
@@ -124,15 +125,17 @@ def _say_stopped(display: Display) -> None:
     display.line(f"stopped; {again} goes on from here")
 
 
-def _end_stopped(display: Display) -> None:
+def _end_stopped(display: Display, stop: Stop) -> None:
     """Ends at once; maybe before the flags are parsed."""
     _say_stopped(display)
+    if stop.leave is not None:
+        stop.leave()
     end(_flag("preempt_exit_code") if flags.FLAGS.is_parsed() else 0)
 
 
 def _exit(status: int, stop: Stop) -> None:
     """Ends with a status; one of several processes at once, since leaving in order waits for the others."""
-    if stop.joined:
+    if stop.leave is not None:
         end(status)
     sys.exit(status)
 
@@ -158,7 +161,20 @@ def _fail(text: str, stop: Stop) -> None:
 def context_of(stage: Stage, config: ConfigDict, stop: Stop, display: Display, watch: Watch | None = None) -> Context:
     """A stage's context from the parsed flags."""
     workdir = files.path(_flag("workdir")).absolute()
-    return Context(stage, Section(_lists(config.to_dict())), workdir, display, stop, watch or Watch())
+    values = Section(_lists(config.to_dict()))
+    return Context(stage, values, workdir, display, stop, watch or Watch(), _profile_steps())
+
+
+def _profile_steps() -> tuple[int, int] | None:
+    given = _flag("profile_steps")
+    if given is None:
+        return None
+    first, _, last = given.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise UserError(
+            f"{given!r} is no range of steps", where="--profile_steps", remedy="as in --profile_steps=10:12"
+        )
+    return int(first), int(last)
 
 
 def _lists(value: Any) -> Any:

@@ -88,6 +88,7 @@ class Context:
       display: for progress.
       stop: whether the process was asked to stop.
       watch: over this process and its peers.
+      profile: first and last training step that the profiler sees.
       inputs: by role (as in "init_from"), the folder of each input.
       own_files: those of `Stage.other_files` that lie in the stage's own folder, by their place in it.
       identity: of this run; goes into its checkpoints.
@@ -99,6 +100,7 @@ class Context:
     display: Display
     stop: Stop
     watch: Watch = dataclasses.field(default_factory=Watch)
+    profile: tuple[int, int] | None = None
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     own_files: list[str] = dataclasses.field(default_factory=list)
     identity: str = ""

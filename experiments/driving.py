@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import jax
+
 from experiments.contract import Context
 from experiments.stopping import Stopped
-from kwaicoder_jax import training
+from kwaicoder_jax import hardware, training
 from kwaicoder_jax.errors import UserError
 
 
@@ -26,6 +28,7 @@ def drive(context: Context, loop: training.Loop, label: str = "") -> training.Tr
             watch.at(phase)
             stop.idle(not unsaved)
 
+        loop.profile, loop.peak_flops = context.profile, peak_flops()
         loop.stop_requested = lambda: stop.requested
         loop.on_record, loop.on_step, loop.on_phase = note.record, on_step, on_phase
         loop.on_warning = context.display.line
@@ -38,6 +41,18 @@ def drive(context: Context, loop: training.Loop, label: str = "") -> training.Tr
             raise UserError(error.what, where=where, remedy=error.remedy) from error
         finally:
             loop.store.close()
+
+
+# Parts of JAX's device kinds, the longer ones first.
+_KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "v5p": "v5p", "v5": "v5p", "h100": "h100"}
+
+
+def peak_flops() -> float | None:
+    """Of all devices of the run, where they are in the chip table."""
+    devices = jax.devices()
+    kind = devices[0].device_kind.lower()
+    name = next((name for part, name in _KINDS.items() if part in kind), None)
+    return hardware.CHIPS[name].bf16_flops * len(devices) if name in hardware.CHIPS else None
 
 
 class _Note:

@@ -96,13 +96,20 @@ def joined(settings: dict[str, Any], stop: Stop) -> Iterator[Alone]:
         return
     peers = _join(settings)
     stop.install()  # JAX may have taken over SIGTERM
-    stop.joined = True
+    stop.leave = lambda: leave(peers, None, "was asked to stop")
     try:
         yield peers
-    except BaseException as error:
-        leave(peers, *_reason(error, peers))
+    except Exception as error:
+        if (before := _left(peers)) is None:
+            leave(peers, *_reason(error, peers))
+            raise
+        if before["status"] is None:
+            raise Stopped from error  # it stopped, and what failed here is that it was gone
+        raise UserError(before["text"]) from error
+    except BaseException:
+        stop.leave()
         raise
-    stop.joined = False
+    stop.leave = None
     import jax
 
     jax.distributed.shutdown()  # waits for the others
@@ -133,14 +140,19 @@ def _join(settings: dict[str, Any]) -> Joined:
 
 def _reason(error: BaseException, peers: Alone) -> tuple[int | None, str]:
     """With what the others should leave: None for the status of a stop."""
-    if isinstance(error, Stopped):
-        return None, "was asked to stop"
     if isinstance(error, UserError):
         return 2, f"ends: {' '.join(str(error).split())}"
     if isinstance(error, OSError):
         return 2, f"ends: {error.filename or ''} {error.strerror}"
     lost = "".join(f"; {name} gives no sign of life" for name in _silent(peers))
     return LOST, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}{lost}"
+
+
+def _left(peers: Alone) -> dict[str, Any] | None:
+    """What the first of the other processes said that left."""
+    with contextlib.suppress(Exception):
+        return next((note for number, note in peers.notes("left").items() if number != peers.index), None)
+    return None
 
 
 def _silent(peers: Alone) -> list[str]:

@@ -24,13 +24,13 @@ class Stop:
     Attributes:
       requested: whether it was.
       number: of the newest signal that asked; None before.
-      joined: whether other processes run the same command, so that ending may not wait for them.
+      leave: tells the other processes, where there are any, that this one ends; ending may not wait for them then.
     """
 
     def __init__(self):
         self.requested = False
         self.number: int | None = None
-        self.joined = False
+        self.leave: Callable[[], None] | None = None
         self._handled = 0
         self._deferred = False
         self._idle = False

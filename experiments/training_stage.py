@@ -301,7 +301,12 @@ def summarise(folder: Any) -> dict[str, Any]:
         "tokens": progress["tokens"],
         "steps": progress["step"],
         "train_flops": progress["train_flops"],
+        "skipped_steps": last.get("skipped_steps", 0),
     }
+    for key in ("tokens_per_second", "tokens_per_second_per_chip", "mfu"):
+        if found := [record[key] for record in records if key in record]:
+            summary[key] = float(np.median(found))
+    summary |= training.timeline.summarise(training.timeline.read(folder))
     return summary | {f"valid_loss_end_{source}": x for source, x in valid[-1]["valid_loss_by_source"].items()}
 
 

@@ -1,5 +1,6 @@
 """Mesh and sharding rules, optimizer, schedule, state, step, loop, metrics."""
 
+from kwaicoder_jax.training import timeline
 from kwaicoder_jax.training.guard import Diverged, Guard, SpikeConfig
 from kwaicoder_jax.training.loop import Loop, LoopConfig, Preempted
 from kwaicoder_jax.training.losses import (
@@ -71,4 +72,5 @@ __all__ = [
     "run_model",
     "shard_batch",
     "state_shardings",
+    "timeline",
 ]

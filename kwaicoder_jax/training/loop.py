@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from kwaicoder_jax.checkpoints import CheckpointStore
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.training import processes, resuming
+from kwaicoder_jax.training import processes, resuming, timeline
 from kwaicoder_jax.training.clock import Clock
 from kwaicoder_jax.training.guard import Diverged, Guard, SpikeConfig
 from kwaicoder_jax.training.mesh import batch_sharding, shard_batch
@@ -78,6 +78,8 @@ class Loop:
       merge: one loader state of those of all processes.
       stop_requested: asked at every step border and between batches of an evaluation; true means save and raise
         Preempted.
+      peak_flops: of all devices together, per second; for the share of it that is used (MFU).
+      profile: first and last step that the profiler sees; its files go to `folder`/profile.
       on_record: called with each logged record, for progress display.
       on_step: called with each finished step's number.
       on_phase: called with the name of what the loop goes over to, and with whether steps would be lost now.
@@ -100,6 +102,8 @@ class Loop:
     shapes_from: Callable[[int], Sequence[tuple[int, int]]] = lambda step: ()
     merge: Callable[[list[dict[str, Any]]], dict[str, Any]] = lambda states: states[0]
     stop_requested: Callable[[], bool] = lambda: False
+    peak_flops: float | None = None
+    profile: tuple[int, int] | None = None
     on_record: Callable[[dict[str, Any]], None] = lambda record: None
     on_step: Callable[[int], None] = lambda step: None
     on_phase: Callable[[str, bool], None] = lambda name, unsaved: None
@@ -112,8 +116,9 @@ class Loop:
           Diverged: the validation loss is not finite, or too many steps went wrong.
           Preempted: it was asked to stop, and has saved.
         """
-        self._unsaved = False
+        self._unsaved = self._profiling = False
         self._log: MetricsLog | None = None
+        self._timeline, began = timeline.Timeline(self.folder), time.time()
         self.clock = Clock(lambda name: self.on_phase(name, self._unsaved))
         self._programs: dict[Any, Any] = {}
         self._vote = processes.make_vote(self.mesh)
@@ -121,14 +126,24 @@ class Loop:
             with self.clock.phase("restore"):
                 state, progress = self._start()
             self._began = time.monotonic()
-            self._window = (self._began, progress.tokens)  # since when, and at how many tokens, the rate is measured
+            # Since when, and at how many tokens and FLOPs, the rates are measured.
+            self._window = (self._began, progress.tokens, progress.train_flops)
+            if processes.is_writer():
+                self._timeline.note(timeline.START, progress.step, {}, began)
             state = self._train(state, progress)
             with self.clock.phase("save"):
                 self.store.wait()
+            self._note(timeline.END, progress.step)
             return state
         finally:
+            if self._profiling:
+                jax.profiler.stop_trace()
             if self._log is not None:
                 self._log.close()
+
+    def _note(self, kind: str, step: int) -> None:
+        if processes.is_writer():
+            self._timeline.note(kind, step, self.clock.read())
 
     def _start(self) -> tuple[TrainState, Progress]:
         # 1. This stage's own newest checkpoint. 2. Otherwise the initial state, which the caller built from another
@@ -159,6 +174,7 @@ class Loop:
                 arrays = next(self.loader)
                 batch = shard_batch(arrays, self.mesh)
             program = self._program(state, batch)
+            self._profile(progress.step + (pending is not None) + 1)
             with jax.transfer_guard("disallow"):
                 self._unsaved = True
                 state, metrics = program(state, batch, self.frozen)
@@ -175,6 +191,18 @@ class Loop:
             if pending is None:
                 self._border(state, progress, stop)
         return state
+
+    def _profile(self, step: int) -> None:
+        """Starts the profiler before its first step is sent off, and stops it after its last one."""
+        if self.profile is None or not processes.is_writer():
+            return
+        first, last = self.profile
+        if step == first:
+            jax.profiler.start_trace(str(self.folder / "profile"))
+            self._profiling = True
+        elif step > last and self._profiling:
+            jax.profiler.stop_trace()
+            self._profiling = False
 
     def _border(self, state: TrainState, progress: Progress, stop: bool) -> None:
         """What is due between two steps, when nothing is on its way."""
@@ -240,16 +268,27 @@ class Loop:
         except Diverged as error:
             failure = error
         if step % self.config.log_every == 0 or step in (1, self.config.steps) or jumped or failure:
-            now, (since, before) = time.monotonic(), self._window
-            rate, self._window = (progress.tokens - before) / max(now - since, 1e-9), (now, progress.tokens)
+            rates = self._rates(progress)
             record: dict[str, Any] = {"step": step, "tokens": progress.tokens, "phase": self.phase_of(step - 1)}
             record |= {key: np.asarray(value).tolist() for key, value in values.items()}
-            record |= {"skipped_steps": self._guard.skipped, "seconds": now - self._began, "tokens_per_second": rate}
+            record |= {"skipped_steps": self._guard.skipped, "seconds": time.monotonic() - self._began, **rates}
             self._write(record)
+            self._note(timeline.MARK, step)
         if failure:
             raise failure
         self._loss = float(values["loss"])
         return jumped
+
+    def _rates(self, progress: Progress) -> dict[str, float]:
+        """Of the steps since the last record."""
+        now, (since, tokens, flops) = time.monotonic(), self._window
+        self._window = (now, progress.tokens, progress.train_flops)
+        seconds = max(now - since, 1e-9)
+        rate = (progress.tokens - tokens) / seconds
+        rates = {"tokens_per_second": rate, "tokens_per_second_per_chip": rate / self.mesh.size}
+        if self.peak_flops:
+            rates["mfu"] = (progress.train_flops - flops) / seconds / self.peak_flops
+        return rates
 
     def _write(self, record: dict[str, Any]) -> None:
         if self._log is not None:
@@ -272,7 +311,7 @@ class Loop:
         began = time.monotonic()
         with self.clock.phase(phase):
             yield
-        self._window = (self._window[0] + time.monotonic() - began, self._window[1])
+        self._window = (self._window[0] + time.monotonic() - began, *self._window[1:])
 
     def _save(self, state: TrainState, progress: Progress) -> None:
         if self._is_regular(progress.step):
@@ -281,7 +320,8 @@ class Loop:
         meta |= {"evaluated": self._evaluated}
         if self.config.spike is not None and 0 < self._guard.anchor < progress.step:
             meta["needs"] = [self._guard.anchor]
-        with self.clock.phase("save"):
+        self._note(timeline.MARK, progress.step)
+        with self._outside("save"):
             meta["loader"] = self.merge(processes.gather(self.loader.get_state()))
             self.store.save(progress.step, state.trainable["model"], meta, resuming.rest(state))
 
@@ -312,5 +352,6 @@ class Loop:
             self._write({"step": step, "rolled_back_to": anchor})
             progress.step = step
             self._guard.anchor = step
+            self._window = (time.monotonic(), progress.tokens, progress.train_flops)
             self._save(state, progress)
         return state, progress

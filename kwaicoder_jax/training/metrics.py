@@ -10,7 +10,8 @@ from etils import epath
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
-TIME_KEYS = ("seconds", "tokens_per_second")  # differ from run to run; everything else repeats to the bit
+# What differs from run to run; everything else repeats to the bit.
+TIME_KEYS = ("seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu")
 
 
 class MetricsLog:

@@ -1,8 +1,8 @@
 """A stage that trains a toy in no time, for tests of what can happen to processes; run as any stage's command.
 
-    TOY_FAULT=hang:1:7     process 1 gets no batch after its 7th
-    TOY_FAULT=compile:0    process 0 compiles for ever
-    TOY_SLOW=0.1           seconds that each batch takes
+TOY_FAULT=hang:1:7     process 1 gets no batch after its 7th
+TOY_FAULT=compile:0    process 0 compiles for ever
+TOY_SLOW=0.1           seconds that each batch takes
 """
 
 import os

@@ -1,0 +1,114 @@
+"""Several real processes train one run, and are killed, stopped, hung: it ends as if nothing had been."""
+
+import json
+import random
+import shutil
+import signal
+import socket
+import time
+
+import numpy as np
+import pytest
+
+from kwaicoder_jax import checkpoints
+from tests.experiments import commands, crowd
+from tests.experiments.crowd import Crowd, assert_same_bits
+
+STAGE = "tests.experiments.toy_stage"
+QUICK = ("--peer_seconds=4",)
+
+
+def run(workdir, count, *arguments, devices=1, module=STAGE, **more):
+    started = Crowd(module, workdir, count, *QUICK, *arguments, devices=devices, **more)
+    assert started.statuses(300) == [0] * count, started.output()
+    return started
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The toy, undisturbed, by two processes of one device each."""
+    workdir = tmp_path_factory.mktemp("whole")
+    started = run(workdir, 2)
+    assert "step" not in started.output(1)  # process 0 alone speaks
+    return workdir / "toy"
+
+
+def test_one_process_writes_what_there_is_one_of(whole):
+    lines = [line["step"] for line in commands.records(whole) if "loss" in line]
+    assert lines == list(range(1, 41))
+    assert json.loads((whole / "summary.json").read_text())["steps"] == 40
+    assert checkpoints.read_meta(whole)["guard"]["skipped"] == 1
+
+
+def kill_often(workdir, count, times, rng, *, devices=1, longest=7.0, **options):
+    """Kills one or all of the processes at random moments after their start; how often that hit them at work."""
+    hits = 0
+    for number in range(times):
+        started = Crowd(options.get("module", STAGE), workdir, count, *QUICK, *options.get("arguments", ()), devices=devices,
+                        **options.get("more", {}))  # fmt: skip
+        time.sleep(rng.uniform(options.get("shortest", 1.0), longest))
+        victims = range(count) if number % 2 else [rng.randrange(count)]
+        hits += all(process.poll() is None for process in started.processes)
+        started.kill(*victims)
+        statuses = started.statuses(120)  # the others do not hang
+        if any(status == -signal.SIGKILL for status in statuses):
+            assert all(status != 0 for status in statuses), (statuses, started.output())
+    return hits
+
+
+def test_killed_at_random_moments_they_end_in_the_same_bits(whole, tmp_path):
+    rng = random.Random(int(time.time()) % 1000)
+    kill_often(tmp_path, 2, 5, rng)
+    run(tmp_path, 2)
+    assert_same_bits(tmp_path / "toy", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_many_times_four_processes_end_in_the_same_bits(tmp_path, seed):
+    run(tmp_path / "whole", 4)
+    assert kill_often(tmp_path / "work", 4, 12, random.Random(seed), shortest=4.0, longest=20.0) >= 8
+    run(tmp_path / "work", 4)
+    assert_same_bits(tmp_path / "work" / "toy", tmp_path / "whole" / "toy")
+
+
+def test_a_stop_of_one_process_stops_all_at_one_step_and_another_layout_goes_on(whole, tmp_path):
+    """Process 1 is asked; both save the same step. One process of two devices goes on to rounding."""
+    started = Crowd(STAGE, tmp_path, 2, *QUICK, "--preempt_exit_code=75", TOY_SLOW="0.1")
+    started.wait_for(tmp_path / "toy", 7)
+    started.processes[1].send_signal(signal.SIGTERM)
+    assert started.statuses() == [75, 75], started.output()
+    meta = checkpoints.read_meta(tmp_path / "toy")
+    assert 7 <= meta["progress"]["step"] < 40
+    assert commands.records(tmp_path / "toy")[-1]["step"] == meta["progress"]["step"]
+    assert meta["loader"] == {"number": meta["progress"]["step"]}
+
+    shutil.copytree(tmp_path / "toy", tmp_path / "same" / "toy")
+    run(tmp_path / "same", 2)
+    assert_same_bits(tmp_path / "same" / "toy", whole)
+    run(tmp_path, 1, devices=2)
+    first, second = crowd.arrays(tmp_path / "toy"), crowd.arrays(whole)
+    for name in first:  # float32 sums in another order
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_a_process_that_hangs_is_named_and_all_end(tmp_path):
+    started = Crowd(STAGE, tmp_path, 2, *QUICK, "--watchdog_seconds=15", TOY_FAULT="hang:1:12")
+    assert started.statuses(90) == [3, 3], started.output()
+    assert f"no step ended within 15 s: process 1 of 2 on {socket.gethostname()}" in started.output(0)
+    assert "in input after step 12" in started.output(0)
+    assert "process 0" not in started.output(0)
+    assert 'tests/experiments/toy_stage.py", line' in started.output(1)  # where it was
+    assert checkpoints.newest_step(tmp_path / "toy") == 10
+
+
+def test_a_stop_during_compilation_ends_at_once(tmp_path):
+    started = Crowd(STAGE, tmp_path, 2, *QUICK, "--preempt_exit_code=75", TOY_FAULT="compile:1")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "toy" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    began = time.monotonic()
+    started.processes[1].send_signal(signal.SIGTERM)
+    assert started.statuses(40) == [75, 75], started.output()
+    assert time.monotonic() - began < 20
