@@ -17,7 +17,7 @@ from experiments.stopping import Stop, Stopped
 from kwaicoder_jax.errors import UserError
 
 LOST = 3  # exit status: a peer was lost, or no step ended in time
-GRACE_SECONDS = 10.0  # for the main thread to leave by itself, before the process is ended
+GRACE_SECONDS = 5.0  # for the main thread to leave by itself, before the process is ended
 
 
 class Alone:
@@ -103,6 +103,8 @@ def joined(settings: dict[str, Any], stop: Stop) -> Iterator[Alone]:
         if (before := _left(peers)) is None:
             leave(peers, *_reason(error, peers))
             raise
+        with contextlib.suppress(Exception):
+            peers.note("heard", True)
         if before["status"] is None:
             raise Stopped from error  # it stopped, and what failed here is that it was gone
         raise UserError(before["text"]) from error
@@ -170,9 +172,10 @@ def leave(peers: Alone, status: int | None, why: str) -> None:
     with contextlib.suppress(Exception):
         if not peers.notes("left"):
             peers.note("left", {"status": status, "text": f"{peers.describe()} {why}"})
+        peers.note("heard", True)
         if peers.leads:  # the notes end with this process
-            deadline = time.monotonic() + 5.0
-            while len(peers.notes("heard")) < peers.count - 1 and time.monotonic() < deadline:
+            deadline = time.monotonic() + GRACE_SECONDS + 3.0
+            while len(peers.notes("heard")) < peers.count and time.monotonic() < deadline:
                 time.sleep(0.1)
 
 

@@ -99,7 +99,6 @@ class Watch:
         left = {number: note for number, note in self.peers.notes("left").items() if number != self.peers.index}
         if left:
             note = next(iter(left.values()))
-            self.peers.note("heard", True)
             self._end_after(self.stop_status if note["status"] is None else note["status"], note["text"])
         now = time.monotonic()
         self.peers.note("alive", [time.time(), self._where()])
@@ -133,6 +132,8 @@ class Watch:
         """Lets the main thread leave by itself, and ends the process if it does not."""
         if not self._ended.wait(GRACE_SECONDS if status == self.stop_status else 1.0):
             self._say(text)
+            with contextlib.suppress(Exception):
+                self.peers.note("heard", True)
             end(status)
 
     def _say(self, text: str) -> None:

@@ -49,7 +49,7 @@ class CheckpointStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, asynchronous: bool = False):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save at INFO and warns about local disks
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of failures in many lines
         self.folder = epath.Path(folder)
         self._kept, self._asynchronous = _Kept(keep, self.folder), asynchronous
         self._manager: ocp.CheckpointManager | None = None  # made by the first save: a reader changes nothing

@@ -26,8 +26,9 @@ class Timeline:
     def note(self, kind: str, step: int, seconds: dict[str, float], at: float | None = None) -> None:
         """One event: START, MARK (the step is done) or END, and the seconds by phase of this process so far."""
         event = {"kind": kind, "at": time.time() if at is None else at, "step": step, "seconds": seconds}
+        begin = "\n" if kind == START else ""  # behind what a full disk or a kill may have cut short
         with self.file.open("a") as out:
-            out.write(json.dumps(event) + "\n")
+            out.write(begin + json.dumps(event) + "\n")
 
 
 def read(folder: Any) -> list[dict[str, Any]]:

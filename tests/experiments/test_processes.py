@@ -5,6 +5,8 @@ import random
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -15,7 +17,7 @@ from tests.experiments import commands, crowd
 from tests.experiments.crowd import Crowd, assert_same_bits
 
 STAGE = "tests.experiments.toy_stage"
-QUICK = ("--peer_seconds=4",)
+QUICK = ("--peer_seconds=4", "--join_seconds=15")
 
 
 def run(workdir, count, *arguments, devices=1, module=STAGE, **more):
@@ -96,7 +98,7 @@ def test_a_process_that_hangs_is_named_and_all_end(tmp_path):
     started = Crowd(STAGE, tmp_path, 2, *QUICK, "--watchdog_seconds=15", TOY_FAULT="hang:1:12")
     assert started.statuses(90) == [3, 3], started.output()
     assert f"no step ended within 15 s: process 1 of 2 on {socket.gethostname()}" in started.output(0)
-    assert "in input after step 12" in started.output(0)
+    assert "in input after step 11" in started.output(0)
     assert "process 0" not in started.output(0)
     assert 'tests/experiments/toy_stage.py", line' in started.output(1)  # where it was
     assert checkpoints.newest_step(tmp_path / "toy") == 10
@@ -112,3 +114,42 @@ def test_a_stop_during_compilation_ends_at_once(tmp_path):
     started.processes[1].send_signal(signal.SIGTERM)
     assert started.statuses(40) == [75, 75], started.output()
     assert time.monotonic() - began < 20
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size=20m none "$1"
+shift
+"$@" & pid=$!
+until [ -d "$WORK/toy/checkpoints/10" ]; do sleep 0.02; kill -0 $pid; done
+head -c 100m /dev/zero > "$WORK/filler" || true
+wait $pid && status=0 || status=$?
+echo "status $status, $(ls "$WORK/toy/checkpoints" | tr '\\n' ' ')"
+rm "$WORK/filler"
+"$@"
+cp -r "$WORK/toy" "$KEEP"
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
+    """A small disk of its own, which fills up while steps are saved."""
+    if subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    run(tmp_path / "whole", 1, devices=2)
+    (tmp_path / "disk").mkdir()
+    more = {"WORK": str(tmp_path / "disk"), "KEEP": str(tmp_path / "kept"), "TOY_SLOW": "0.05"}
+    command = [sys.executable, "-m", STAGE, f"--config={crowd.TOY}", f"--workdir={tmp_path / 'disk'}"]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", FULL, "sh", str(tmp_path / "disk"), *command],
+        cwd=commands.ROOT, env=commands.environment(2, **more), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "No space left on device; choose a place that can be written" in errors[0]
+    assert "Traceback" not in done.stderr
+    status, folders = done.stdout.split(",")[:2]
+    assert status.strip() == "status 2"
+    assert "10" in folders.split() or "15" in folders.split()
+    assert_same_bits(tmp_path / "kept", tmp_path / "whole" / "toy")

@@ -32,7 +32,7 @@ def fault(kind: str) -> list[int]:
 class Numbers:
     """This process's rows of global batches that depend on their number alone."""
 
-    def __init__(self, mesh: Any, poison: dict[str, float]):
+    def __init__(self, mesh: Any, poison: dict[str, str]):
         self.number, self._mesh, self._poison = 0, mesh, poison
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -42,7 +42,7 @@ class Numbers:
         if hang and self.number > hang[1]:
             time.sleep(1000)
         rng = np.random.default_rng(self.number)
-        scale = np.full((8, 1), self._poison.get(str(self.number), 1.0), np.float32)
+        scale = np.full((8, 1), float(self._poison.get(str(self.number), "1")), np.float32)
         batch = {"inputs": rng.integers(0, 8, (8, 6), dtype=np.int32), "scale": scale}
         return training.own_rows(batch, self._mesh)
 
