@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from experiments.contract import Context, Section, Stage
 from experiments.contract import run as run_contract
 from experiments.display import Display
-from experiments.peers import LOST, end, joined
+from experiments.peers import LOST, PeerLeft, end, joined
 from experiments.stopping import Stop, Stopped
 from experiments.watching import Watch
 from kwaicoder_jax import files
@@ -109,6 +109,8 @@ def execute(
         _exit(_flag("preempt_exit_code"), stop)
     except UserError as error:
         _fail(str(error), stop)
+    except PeerLeft as error:
+        _fail(error.text, stop, error.status)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
@@ -153,9 +155,9 @@ def _flag(name: str) -> Any:
     return flags.FLAGS[name].value
 
 
-def _fail(text: str, stop: Stop) -> None:
+def _fail(text: str, stop: Stop, status: int = 2) -> None:
     print("error: " + " ".join(text.split()), file=sys.stderr)
-    _exit(2, stop)
+    _exit(status, stop)
 
 
 def context_of(stage: Stage, config: ConfigDict, stop: Stop, display: Display, watch: Watch | None = None) -> Context:

@@ -20,6 +20,14 @@ LOST = 3  # exit status: a peer was lost, or no step ended in time
 GRACE_SECONDS = 5.0  # for the main thread to leave by itself, before the process is ended
 
 
+class PeerLeft(Exception):
+    """Another process left before the end, and why; this one ends with the same status."""
+
+    def __init__(self, text: str, status: int):
+        self.text, self.status = text, status
+        super().__init__(text)
+
+
 class Alone:
     """The only process of a run."""
 
@@ -107,7 +115,7 @@ def joined(settings: dict[str, Any], stop: Stop) -> Iterator[Alone]:
             peers.note("heard", True)
         if before["status"] is None:
             raise Stopped from error  # it stopped, and what failed here is that it was gone
-        raise UserError(before["text"]) from error
+        raise PeerLeft(before["text"], before["status"]) from error
     except BaseException:
         stop.leave()
         raise
