@@ -29,7 +29,12 @@ def drive(context: Context, loop: training.Loop, label: str = "") -> training.Tr
             stop.idle(not unsaved)
 
         loop.profile, loop.peak_flops = context.profile, peak_flops()
-        loop.stop_requested = lambda: stop.requested
+
+        def stop_requested() -> bool:  # asked after each step and each batch of an evaluation
+            watch.beat()
+            return stop.requested
+
+        loop.stop_requested = stop_requested
         loop.on_record, loop.on_step, loop.on_phase = note.record, on_step, on_phase
         loop.on_warning = context.display.line
         try:

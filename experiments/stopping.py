@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-UNWIND_SECONDS = 3.0  # for the main thread to end by itself
+UNWIND_SECONDS = 5.0  # for the main thread to end by itself
 
 
 class Stopped(BaseException):

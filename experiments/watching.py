@@ -40,6 +40,10 @@ class Watch:
         """The main thread goes over to something else."""
         self._phase, self._since = phase, time.monotonic()
 
+    def beat(self) -> None:
+        """The main thread gets on with what it is at."""
+        self._since = time.monotonic()
+
     def finished(self, step: int) -> None:
         """A step ended."""
         self._step, self._since = step, time.monotonic()
@@ -75,6 +79,8 @@ class Watch:
                     faulthandler.dump_traceback_later(self.seconds + 4 * GRACE_SECONDS, exit=True)
                     if time.monotonic() - self._since > self.seconds:
                         self._hung()
+                else:
+                    faulthandler.cancel_dump_traceback_later()
                 if self.peers.count > 1:
                     self._look_at_peers()
             except Exception as error:

@@ -32,6 +32,9 @@ class MetricsLog:
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._cut(restored_step, restored_step if evaluated_step is None else evaluated_step)
         purge = None if restored_step is None else restored_step + 1
+        self._events = None
+        if "://" in os.fspath(folder):
+            return  # its writers for object stores need packages of their own; metrics.jsonl holds the same numbers
         self._events = SummaryWriter(os.fspath(epath.Path(folder) / "events"), purge_step=purge, flush_secs=30)
 
     def _cut(self, restored_step: int | None, evaluated_step: int | None) -> None:
@@ -40,9 +43,7 @@ class MetricsLog:
             for record in read_metrics(self.file):
                 if record["step"] <= (evaluated_step if "valid_loss" in record else restored_step):
                     kept.append(record)
-        temporary = self.file.parent / f".{self.file.name}.tmp"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.file)
+        files.write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record; it must hold "step". The line is in the file when this returns.
@@ -50,15 +51,15 @@ class MetricsLog:
         JSON has no number for NaN and the infinities (a run that diverged): they are written as null, read as None.
         """
         record = files.finite({key: _plain(value) for key, value in record.items()})
-        with self.file.open("a") as out:
-            out.write(json.dumps(record, allow_nan=False) + "\n")
+        files.append_text(self.file, json.dumps(record, allow_nan=False) + "\n")
         for key, value in record.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and self._events is not None:
                 self._events.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         """Flushes the TensorBoard events."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,8 @@ from typing import Any
 
 from etils import epath
 
+from kwaicoder_jax import files
+
 START, MARK, END = "start", "mark", "end"
 # What else than steps a process does, as the summary says it.
 PHASES = {
@@ -27,8 +29,7 @@ class Timeline:
         """One event: START, MARK (the step is done) or END, and the seconds by phase of this process so far."""
         event = {"kind": kind, "at": time.time() if at is None else at, "step": step, "seconds": seconds}
         begin = "\n" if kind == START else ""  # behind what a full disk or a kill may have cut short
-        with self.file.open("a") as out:
-            out.write(begin + json.dumps(event) + "\n")
+        files.append_text(self.file, begin + json.dumps(event) + "\n")
 
 
 def read(folder: Any) -> list[dict[str, Any]]:
