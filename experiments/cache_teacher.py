@@ -46,7 +46,7 @@ def run(context: Context) -> dict[str, Any]:
         meta["identity"], corpus.tokenizer.hash, corpus.hash, config.vocab_size, options.top_k, options.dtype,
         _temperature(distilling),
     )  # fmt: skip
-    batches = loader_of(distilling, corpus, phases)
+    batches = loader_of(distilling, corpus, phases, mesh)
     position = distill.data_position(distilling, checkpoints.read_meta(context.inputs["init_from"]))
     if position is not None:
         batches.go_on_from(position)

@@ -1,15 +1,17 @@
 """From a command line to a stage: flags, one-line errors, exit statuses.
 
 Exit status: 0 done, or stopped by a signal with everything saved (`--preempt_exit_code` chooses another);
-2 bad input, in one line; 130 a tool that answers on the terminal was interrupted (Ctrl-C); 1 a defect of this program,
-with its traceback.
+2 bad input, in one line; 3 no step ended in time, or a peer of several processes was lost; 130 a tool that answers on
+the terminal was interrupted (Ctrl-C); 1 a defect of this program, with its traceback.
 """
 
+import contextlib
 import errno
 import importlib.util
 import signal
 import sys
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from absl import flags
@@ -18,7 +20,9 @@ from ml_collections import ConfigDict, config_flags
 from experiments.contract import Context, Section, Stage
 from experiments.contract import run as run_contract
 from experiments.display import Display
+from experiments.peers import LOST, PeerLeft, end, joined
 from experiments.stopping import Stop, Stopped
+from experiments.watching import Watch
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
@@ -31,6 +35,8 @@ DISK_ERRORS = (
     errno.ENOTDIR,
     errno.EEXIST,
     errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
 )
 
 
@@ -39,6 +45,14 @@ def define_flags() -> Any:
     flags.DEFINE_string("workdir", None, "Folder of the whole recipe; each stage has a folder in it.")
     flags.DEFINE_bool("restart", False, "Start the stage over: what it wrote is deleted.")
     flags.DEFINE_integer("preempt_exit_code", 0, "Exit status after SIGTERM, when everything is saved.")
+    flags.DEFINE_string("coordinator", None, "Of several processes that train together: host:port of process 0.")
+    flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    flags.DEFINE_bool("distributed", False, "Find the others by what a TPU pod, Slurm or Kubernetes says.")
+    flags.DEFINE_integer("join_seconds", 300, "How long to wait for the others at the start.")
+    flags.DEFINE_integer("peer_seconds", 60, "How long another process may give no sign of life.", lower_bound=2)
+    flags.DEFINE_float("watchdog_seconds", 3600.0, "How long a training step may take; 0 for ever.", lower_bound=0.0)
+    flags.DEFINE_string("profile_steps", None, "FIRST:LAST training step to profile, into STAGE/profile.")
     return config_flags.DEFINE_config_file(
         "config", None, "Recipe, as in configs/demo.py; --config.field=value, None for no value.",
         sys_argv=_split_nones(sys.argv)[0],
@@ -48,9 +62,24 @@ def define_flags() -> Any:
 def main(stage: Stage) -> None:
     """The body of a stage command."""
     holder = define_flags()
-    execute(
-        lambda stop, display: run_contract(context_of(stage, holder.value, stop, display), restart=_flag("restart"))
-    )
+
+    def work(stop: Stop, display: Display) -> None:
+        with together(stop, display) as watch:
+            run_contract(context_of(stage, holder.value, stop, display, watch), restart=_flag("restart"))
+
+    execute(work)
+
+
+@contextlib.contextmanager
+def together(stop: Stop, display: Display) -> Iterator[Watch]:
+    """Inside, this process and those that the flags name are one run, watched over."""
+    names = ("coordinator", "num_processes", "process_id", "distributed", "join_seconds", "peer_seconds")
+    with joined({name: _flag(name) for name in names}, stop) as peers:
+        display.console.quiet = not peers.leads
+        watch = Watch(_flag("watchdog_seconds"), _flag("peer_seconds"))
+        watch.stop_status = _flag("preempt_exit_code")
+        with watch.over(peers):
+            yield watch
 
 
 def execute(
@@ -68,21 +97,49 @@ def execute(
     """
     stop, display = Stop(), Display()
     stop.install()
+    if resumable:
+        stop.watch(lambda: _end_stopped(display, stop))
     try:
         parse(sys.argv, required)
         work(stop, display)
     except Stopped:
         if not resumable:
             sys.exit(stopped_status(stop))
-        again = "the same command without --restart" if _restarts() else "the same command"
-        display.line(f"stopped; {again} goes on from here")
-        sys.exit(_flag("preempt_exit_code"))
+        _say_stopped(display)
+        _exit(_flag("preempt_exit_code"), stop)
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), stop)
+    except PeerLeft as error:
+        _fail(error.text, stop, error.status)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _fail(f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written")
+        _fail(f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written", stop)
+    except Exception:
+        if stop.leave is None:
+            raise
+        traceback.print_exc()
+        end(LOST)
+
+
+def _say_stopped(display: Display) -> None:
+    again = "the same command without --restart" if _restarts() else "the same command"
+    display.line(f"stopped; {again} goes on from here")
+
+
+def _end_stopped(display: Display, stop: Stop) -> None:
+    """Ends at once; maybe before the flags are parsed."""
+    _say_stopped(display)
+    if stop.leave is not None:
+        stop.leave()
+    end(_flag("preempt_exit_code") if flags.FLAGS.is_parsed() else 0)
+
+
+def _exit(status: int, stop: Stop) -> None:
+    """Ends with a status; one of several processes at once, since leaving in order waits for the others."""
+    if stop.leave is not None:
+        end(status)
+    sys.exit(status)
 
 
 def stopped_status(stop: Stop) -> int:
@@ -98,14 +155,28 @@ def _flag(name: str) -> Any:
     return flags.FLAGS[name].value
 
 
-def _fail(text: str) -> None:
+def _fail(text: str, stop: Stop, status: int = 2) -> None:
     print("error: " + " ".join(text.split()), file=sys.stderr)
-    sys.exit(2)
+    _exit(status, stop)
 
 
-def context_of(stage: Stage, config: ConfigDict, stop: Stop, display: Display) -> Context:
+def context_of(stage: Stage, config: ConfigDict, stop: Stop, display: Display, watch: Watch | None = None) -> Context:
     """A stage's context from the parsed flags."""
-    return Context(stage, Section(_lists(config.to_dict())), files.path(_flag("workdir")).absolute(), display, stop)
+    workdir = files.path(_flag("workdir")).absolute()
+    values = Section(_lists(config.to_dict()))
+    return Context(stage, values, workdir, display, stop, watch or Watch(), _profile_steps())
+
+
+def _profile_steps() -> tuple[int, int] | None:
+    given = _flag("profile_steps")
+    if given is None:
+        return None
+    first, _, last = given.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise UserError(
+            f"{given!r} is no range of steps", where="--profile_steps", remedy="as in --profile_steps=10:12"
+        )
+    return int(first), int(last)
 
 
 def _lists(value: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 from absl import flags
 
 from experiments import command, compile_kernels, compile_search, compile_steps
+from experiments.contract import Context, Stage
 from experiments.display import Display
 from experiments.stopping import Stop
 from kernels.grouped_matmul.local_experts import OVERFLOW
@@ -23,7 +24,7 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.hardware import roofline
 
 NAME = "compile"
-DEFAULTS: dict[str, Any] = {}
+STAGE = Stage(NAME, lambda context: {})  # a tool; it has no section of its own
 
 
 def main() -> None:
@@ -39,12 +40,12 @@ def main() -> None:
 
     def work(stop: Stop, display: Display) -> None:
         display.stage(NAME)
-        config = command.tool_config(NAME, holder.value, DEFAULTS, {})
+        context = command.tool_context(STAGE, holder.value, {}, {}, stop, display)
         machine = hardware.topology(flags.FLAGS.topology)
         if flags.FLAGS.search:
-            compile_search.run(config, machine, flags.FLAGS.step, display)
+            compile_search.run(context, machine, flags.FLAGS.step)
             return
-        summary, report = compile_step(config, machine, flags.FLAGS.step, flags.FLAGS.text)
+        summary, report = compile_step(context, machine, flags.FLAGS.step, flags.FLAGS.text)
         print(table(machine, report, summary))
         workdir = command.tool_workdir()
         if workdir is not None:
@@ -55,13 +56,12 @@ def main() -> None:
 
 
 def compile_step(
-    config: Mapping[str, Any], machine: hardware.Topology, step: str, text: str | None = None
+    context: Context, machine: hardware.Topology, step: str, text: str | None = None
 ) -> tuple[dict[str, Any], roofline.Roofline]:
     """Compiles; returns the documented summary keys, and the whole report."""
-    made, began = compile_steps.STEPS[step](config, machine), time.monotonic()
-    options = hardware.compiler_options(machine.chip.name)
+    made, began = compile_steps.make(context, step, machine), time.monotonic()
     try:
-        compiled = made.function.lower(*made.arguments).compile(compiler_options=options)
+        compiled = made.function.lower(*made.arguments).compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

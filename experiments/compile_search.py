@@ -1,12 +1,13 @@
 """Tries meshes and remat policies for a step, and prints the best."""
 
 import copy
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from experiments.display import Display
+from experiments.contract import Context, Section
 from kwaicoder_jax import hardware, models
 from kwaicoder_jax.errors import UserError
 
@@ -20,23 +21,23 @@ def candidates(config: Mapping[str, Any], chips: int) -> Iterator[dict[str, Any]
     shares = [size for size in (1, 2, 4, 8, 16) if chips % size == 0 and experts % size == 0]
     for share, policy in itertools.product(shares, REMAT):
         dispatch = models.Dispatch.TOKENS if share > 1 else models.Dispatch.WEIGHTS
-        changed = copy.deepcopy(dict(config))
+        changed = Section(copy.deepcopy(dict(config)))
         changed["mesh"] = {"data": 1, "fsdp": chips // share, "expert": share, "tensor": 1, "context": 1}
         changed["runtime"] = {**changed.get("runtime", {}), "remat": str(policy), "dispatch": str(dispatch)}
         yield changed
 
 
-def run(config: Mapping[str, Any], machine: hardware.Topology, step: str, display: Display) -> None:
+def run(context: Context, machine: hardware.Topology, step: str) -> None:
     """Compiles each candidate; the best are those that fit, by their bound of MFU."""
     from experiments.compile import compile_step  # it calls this
 
     found: list[tuple[float, str]] = []
-    tried = list(candidates(config, math.prod(machine.shape)))
+    tried, display = list(candidates(context.config, math.prod(machine.shape))), context.display
     with display.progress(len(tried), "programs") as update:
         for number, candidate in enumerate(tried, 1):
             name = f"{_named(candidate['mesh'])}, remat {candidate['runtime']['remat']}"
             try:
-                summary, report = compile_step(candidate, machine, step)
+                summary, report = compile_step(dataclasses.replace(context, config=candidate), machine, step)
             except UserError as error:
                 display.line(f"{name}: {error.what}")
             else:

@@ -1,16 +1,15 @@
-"""The steps of a recipe as functions of shapes: what `cpt` and the others would run, on a machine that is not here."""
+"""The steps of a recipe as functions of shapes: what its stages would run, on a machine that is not here."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from experiments import recipe_models
-from experiments.training_stage import build, phases_of
-from kwaicoder_jax import hardware, models, training
+from experiments import cpt, distill, guides, language_model, recipe_models
+from experiments.contract import Context, Stage
+from experiments.training_stage import Run, abstract_tree, build, phases_of, program_of
+from kwaicoder_jax import distillation, hardware, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,69 +21,62 @@ class Step:
       arguments: shapes with shardings.
       mesh: over the machine.
       model_flops: of one step, of all chips.
-      model: what is trained.
     """
 
     function: Any
     arguments: tuple[Any, ...]
     mesh: Mesh
     model_flops: float
-    model: models.ModelConfig
 
 
-def cpt(config: Mapping[str, Any], machine: hardware.Topology) -> Step:
-    """The train step of the mixture, in the first phase."""
-    model = recipe_models.model_before(config, "cpt")
-    section, mesh = config["cpt"], mesh_of(config, machine)
-    runtime = runtime_of(config, mesh)
-    balance = build(training.BalanceConfig, section["balance"], "cpt.balance")
-
-    def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
-        del frozen
-        return training.language_model_loss(trainable["model"], model, batch, runtime=runtime, balance=balance)
-
-    return training_step(section, "cpt", model, loss, {}, mesh, models.train_flops_per_token)
+def make(context: Context, step: str, machine: hardware.Topology) -> Step:
+    """The step of the stage `step` of the context's recipe; UserError for a recipe that does not tell its shapes."""
+    mesh = training.make_mesh(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"), machine.devices)
+    return STEPS[step](context, mesh)
 
 
-def training_step(
-    section: Any, name: str, model: models.ModelConfig, loss: training.LossFunction, frozen: Any, mesh: Mesh,
-    flops_per_token: Callable[[models.ModelConfig, int], float],
-) -> Step:  # fmt: skip
-    """The step of a training stage on batches of its first phase."""
-    phases = phases_of(section, name)
-    rate, phase = training.join(phases.rates), phases.data[0]
-    optimizer = training.make_optimizer(
-        build(training.OptimizerConfig, section["optimizer"], f"{name}.optimizer"), rate, model
+def _cpt(context: Context, mesh: Mesh) -> Step:
+    context, model = _of(context, cpt.STAGE), recipe_models.model_before(context.config, "cpt")
+    balance = build(training.BalanceConfig, context.section["balance"], "cpt.balance")
+    return _training(context, language_model.job(context, model, mesh, load=_none, lineage=[], balance=balance), mesh)
+
+
+def _distill(context: Context, mesh: Mesh) -> Step:
+    context, student = _of(context, distill.STAGE), recipe_models.model_before(context.config, "distill")
+    teacher = recipe_models.teacher_of(context.config)
+    settings = build(distillation.DistillConfig, context.section["loss"], "distill.loss")
+    guide = guides.Guide(settings, teacher, training.abstract_params(teacher, mesh))
+    if settings.hidden:  # the first layers and channels stand for those that pruning would keep
+        pairs = distillation.layer_map(list(range(student.layers)), context.section["hidden_every"])
+        first = distillation.initial_projections(pairs, list(range(student.model_dim)), teacher.model_dim)
+        guide = dataclasses.replace(guide, pairs=pairs, projections=abstract_tree(first, mesh))
+    balance = build(training.BalanceConfig, context.section.get("balance", {}), "distill.balance")
+    meta: dict[str, Any] = {"lineage": []}
+    unread = dataclasses.replace(
+        context, config=context.config | {"distill": context.section | {"continue_data": False}}
     )
-    trainable = {"model": training.abstract_params(model, mesh)}
-    shardings = training.state_shardings(trainable, optimizer, model, mesh)
-    state = jax.eval_shape(lambda tree: training.make_state(tree, optimizer), trainable)
-    step = training.make_step(loss, optimizer, rate, shardings)
-    batch = abstract_batch(phase.batch_size, phase.sequence_length, mesh)
-    flops = flops_per_token(model, phase.sequence_length) * phase.batch_size * phase.sequence_length
-    return Step(step, (training.abstract_state(state, shardings), batch, frozen), mesh, flops, model)
+    return _training(context, distill.job_of(unread, student, guide, balance, mesh, load=_none, meta=meta), mesh)
 
 
-def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of the loader, as shapes on the mesh."""
-    training.check_rows(rows, mesh)
-    dtypes = {name: jnp.int32 for name in ("inputs", "targets", "positions", "segment_ids")}
-    place = training.batch_sharding(mesh)
-    return {
-        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
-        for name, dtype in {**dtypes, "loss_mask": jnp.float32}.items()
-    }
+def _none() -> Any:
+    raise AssertionError("nothing is loaded for a machine that is not here")
 
 
-def mesh_of(config: Mapping[str, Any], machine: hardware.Topology) -> Mesh:
-    """The recipe's mesh, over that machine."""
-    return training.make_mesh(build(training.MeshConfig, config.get("mesh", {}), "mesh"), machine.devices)
+def _of(context: Context, stage: Stage) -> Context:
+    return dataclasses.replace(context, stage=stage)
 
 
-def runtime_of(config: Mapping[str, Any], mesh: Mesh) -> models.Runtime:
-    """How the recipe computes its models, on that mesh."""
-    runtime = build(models.Runtime, config.get("runtime", {}), "runtime")
-    return dataclasses.replace(runtime, platform=runtime.platform or training.platform_of(mesh))
+def _training(context: Context, run: Run, mesh: Mesh) -> Step:
+    """The step of a training stage on batches of its first phase."""
+    name = context.stage.name
+    phase = phases_of(context.section, name).data[0]
+    program = program_of(context.section, name, run, mesh)
+    training.check_rows(phase.batch_size, mesh)
+    batch = training.abstract_batch((phase.batch_size, phase.sequence_length), training.batch_sharding(mesh))
+    flops = run.flops_per_token(phase.sequence_length) * phase.batch_size * phase.sequence_length
+    return Step(program.step, (program.state, batch, run.frozen), mesh, flops)
 
 
-STEPS: Mapping[str, Callable[[Mapping[str, Any], hardware.Topology], Step]] = {"cpt": cpt}
+STEPS: Mapping[str, Callable[[Context, Mesh], Step]] = {"cpt": _cpt, "distill": _distill}
+
+__all__ = ["STEPS", "Step", "make"]

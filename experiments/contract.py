@@ -23,10 +23,16 @@ from experiments import fields, sections
 from experiments.display import Display
 from experiments.fields import Fields
 from experiments.stopping import Stop
+from experiments.watching import Watch
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # nobody's input is at fault: what was written is of use
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EFBIG,
+)  # nobody's input is at fault: what was written is of use
 
 CHECKPOINTS = ("init_from", "teacher")  # roles of inputs that have to have one
 WITH_CHECKPOINT = ("import_hf", "pretrain", "correct_teacher", "prune", "distill", "upcycle", "cpt")  # in their order
@@ -59,6 +65,7 @@ class Stage:
       fields: of its section; checked before anything is done.
       places: fields of its section that say where something is: what is there counts (see `contents`), not the place.
       contents: by config field, an identity of what is there.
+      together: whether several processes can run it as one.
     """
 
     name: str
@@ -69,6 +76,7 @@ class Stage:
     fields: Fields | None = None
     places: tuple[str, ...] = ()
     contents: Callable[["Context"], Mapping[str, str]] = lambda context: {}
+    together: bool = False
 
 
 @dataclasses.dataclass
@@ -81,6 +89,8 @@ class Context:
       workdir: the work folder.
       display: for progress.
       stop: whether the process was asked to stop.
+      watch: over this process and its peers.
+      profile: first and last training step that the profiler sees.
       inputs: by role (as in "init_from"), the folder of each input.
       own_files: those of `Stage.other_files` that lie in the stage's own folder, by their place in it.
       identity: of this run; goes into its checkpoints.
@@ -91,6 +101,8 @@ class Context:
     workdir: Any
     display: Display
     stop: Stop
+    watch: Watch = dataclasses.field(default_factory=Watch)
+    profile: tuple[int, int] | None = None
     inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
     own_files: list[str] = dataclasses.field(default_factory=list)
     identity: str = ""
@@ -138,18 +150,24 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
     record = _record(context)
     context.identity = record["identity"]
     summary_file = folder / "summary.json"
+    if not context.watch.peers.leads:
+        return _follow(context)
     if not restart:
         _compare(context, record)
         if summary_file.exists():
             summary = files.read_json(summary_file)
             _remove_aside(folder)
+            _tell(context, "begin", finished=True)
             context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
             return summary
+    if context.watch.peers.count > 1 and not stage.together:
+        raise UserError("runs as one process", where=stage.name, remedy="run it alone, before several train together")
     with _put_aside(folder, restart), _only_process(folder):
         _bring_along(context)
         files.write_json(folder / "stage.json", record)
         started, began = datetime.datetime.now(datetime.UTC), time.monotonic()
         _reset_peak()
+        _tell(context, "begin", finished=False)
         summary = stage.run(context)
         summary |= {
             "stage": stage.name,
@@ -160,8 +178,28 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
             "peak_rss_bytes": peak_rss_bytes(),
         }
         files.write_json(summary_file, summary)
+    _tell(context, "end", finished=True)
     context.display.line(f"done in {summary['seconds']:.0f} s, {summary['peak_rss_bytes'] / 1e9:.2f} GB at most")
     return summary
+
+
+def _tell(context: Context, when: str, *, finished: bool) -> None:
+    """Tells the other processes how far the stage is."""
+    context.watch.peers.tell(f"{context.stage.name}/{when}", {"identity": context.identity, "finished": finished})
+
+
+def _follow(context: Context) -> dict[str, Any]:
+    """The stage as a process runs it that does not lead: the work, and none of the contract's files."""
+    peers, name = context.watch.peers, context.stage.name
+    begin = peers.hear(f"{name}/begin")
+    if begin["identity"] != context.identity:
+        what = f"process {peers.index} has another config or other inputs than process 0"
+        raise UserError(what, where=name, remedy="start all processes with the same config on the same work folder")
+    if not begin["finished"]:
+        _reset_peak()
+        context.stage.run(context)
+        peers.hear(f"{name}/end")
+    return files.read_json(context.folder / "summary.json")
 
 
 def _check(context: Context) -> None:

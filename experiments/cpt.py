@@ -51,7 +51,7 @@ def inputs(context: Context) -> dict[str, str]:
     return {"corpus": "prepare_data", "init_from": previous_checkpoint(context)}
 
 
-STAGE = Stage("cpt", run, ("loader", "validation"), inputs, fields=fields.of_class(sections.Cpt))
+STAGE = Stage("cpt", run, ("loader", "validation"), inputs, fields=fields.of_class(sections.Cpt), together=True)
 
 if __name__ == "__main__":
     main(STAGE)

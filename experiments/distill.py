@@ -7,6 +7,7 @@ With `distill.cache` the teacher's logits come from the files of cache_teacher, 
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ def run(context: Context) -> dict[str, Any]:
     else:
         guide = guides.live(context, corpus, mesh, meta, settings)
     balance = build(training.BalanceConfig, context.section.get("balance", {}), "distill.balance")
-    job = _job(context, student, config, meta, guide, balance, mesh)
+    guide = dataclasses.replace(guide, projections=jax.device_put(guide.projections, training.replicated(mesh)))
+    job = job_of(context, config, guide, balance, mesh, load=lambda: student, meta=meta)
     summary = train(context, job, corpus, mesh, "with teacher") | language_model.router_summary(context.folder)
     if context.section["baseline"]:
         alone = language_model.job(
@@ -56,23 +58,22 @@ def run(context: Context) -> dict[str, Any]:
     return summary
 
 
-def _job(
-    context: Context, student: Any, config: models.ModelConfig, meta: dict[str, Any], guide: guides.Guide,
-    balance: training.BalanceConfig, mesh: Any,
+def job_of(
+    context: Context, config: models.ModelConfig, guide: guides.Guide, balance: training.BalanceConfig, mesh: Any, *,
+    load: Callable[[], Any], meta: dict[str, Any],
 ) -> Run:  # fmt: skip
-    """The student's run under its teacher."""
-    projections = jax.device_put(guide.projections, training.replicated(mesh))
-    extras = {"projections": projections} if guide.projections else {}
+    """The student's run under its teacher, whose projections lie on the mesh (or are shapes)."""
+    extras = {"projections": guide.projections} if guide.projections else {}
     options: dict[str, Any] = {
         "student_config": config, "teacher_config": guide.config, "pairs": guide.pairs, "config": guide.settings,
-        "runtime": runtime_of(context), "router_loss": language_model.router_loss(balance),
+        "runtime": runtime_of(context, mesh), "router_loss": language_model.router_loss(balance),
         "shards": row_shards(mesh),
     }  # fmt: skip
     return Run(
         folder=context.folder,
         model=config,
         abstract={"model": training.abstract_params(config, mesh), **abstract_tree(extras, mesh)},
-        load=lambda: {"model": student, **extras},
+        load=lambda: {"model": load(), **extras},
         loss=lambda trainable, batch, frozen: distillation.distillation_loss(trainable, batch, frozen, **options),
         frozen=guide.params,
         flops_per_token=lambda length: models.train_flops_per_token(config, length) + guide.flops_per_token(length),

@@ -26,7 +26,7 @@ def job(
       balance: of the routers, where it is a mixture.
       **more: other fields of `Run`.
     """
-    runtime, weights = runtime_of(context), balance or training.BalanceConfig()
+    runtime, weights = runtime_of(context, mesh), balance or training.BalanceConfig()
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
         del frozen

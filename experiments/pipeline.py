@@ -41,10 +41,11 @@ def main() -> None:
         if restart and again is not None:
             remedy = "use one of the two: --restart starts every stage over"
             raise UserError("does not go with --restart", where="--restart_from", remedy=remedy)
-        for name in stages:
-            stage = importlib.import_module(f"experiments.{name}").STAGE
-            restart = restart or name == again
-            run_stage(command.context_of(stage, config, stop, display), restart=restart)
+        with command.together(stop, display) as watch:
+            for name in stages:
+                stage = importlib.import_module(f"experiments.{name}").STAGE
+                restart = restart or name == again
+                run_stage(command.context_of(stage, config, stop, display, watch), restart=restart)
 
     command.execute(work)
 

@@ -31,7 +31,7 @@ def run(context: Context) -> dict[str, Any]:
 
 STAGE = Stage(
     "pretrain", run, ("model", "loader", "validation"), lambda context: {"corpus": "prepare_data"},
-    fields=fields.of_class(sections.Training),
+    fields=fields.of_class(sections.Training), together=True,
 )  # fmt: skip
 
 if __name__ == "__main__":

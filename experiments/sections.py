@@ -55,6 +55,8 @@ class Training(Drawing):
     log_every: int
     eval_every: int
     save_every: int
+    max_skipped_steps: Count = 10
+    spike: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

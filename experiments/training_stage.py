@@ -11,7 +11,7 @@ import numpy as np
 
 from experiments import fields
 from experiments.contract import Context, Section
-from experiments.stopping import Stopped
+from experiments.driving import drive
 from kwaicoder_jax import checkpoints, data, files, inference, models, training
 from kwaicoder_jax.errors import UserError
 
@@ -36,9 +36,11 @@ def mesh_of(context: Context) -> Any:
     return training.make_mesh(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"))
 
 
-def runtime_of(context: Context) -> models.Runtime:
-    """How the recipe computes its models."""
-    return build(models.Runtime, context.config.get("runtime", {}), "runtime")
+def runtime_of(context: Context, mesh: Any = None) -> models.Runtime:
+    """How the recipe computes its models: on the mesh's platform, or the one that is here."""
+    runtime = build(models.Runtime, context.config.get("runtime", {}), "runtime")
+    here = jax.default_backend() if mesh is None else training.platform_of(mesh)
+    return dataclasses.replace(runtime, platform=runtime.platform or here)
 
 
 def placement_of(mesh: Any) -> inference.Placement | None:
@@ -53,11 +55,12 @@ def corpus_of(context: Context) -> data.Corpus:
     return data.Corpus.open(context.inputs["corpus"] / "corpus")
 
 
-def loader_of(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec]) -> data.TrainingLoader:
+def loader_of(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any) -> data.TrainingLoader:
     """This process's share of the batches of some phases, from their start."""
+    index, count = training.row_share(mesh)
     return data.TrainingLoader(
         corpus, phases, seed=context.seed, streams=context.config["loader"]["streams"],
-        process_index=jax.process_index(), process_count=jax.process_count(),
+        process_index=index, process_count=count,
     )  # fmt: skip
 
 
@@ -70,7 +73,7 @@ def calibration_phase(context: Context) -> data.PhaseSpec:
 
 def calibration_of(context: Context, corpus: data.Corpus, mesh: Any) -> Iterator[dict[str, jax.Array]]:
     """Those batches, anew, on the mesh."""
-    loader = loader_of(context, corpus, [calibration_phase(context)])
+    loader = loader_of(context, corpus, [calibration_phase(context)], mesh)
     return (training.shard_batch(batch, mesh) for batch in loader)
 
 
@@ -144,6 +147,11 @@ class Phases:
         borders = np.cumsum([phase.steps for phase in self.data])
         return int(np.searchsorted(borders, step, side="right")) + 1
 
+    def shapes_from(self, step: int) -> list[tuple[int, int]]:
+        """Rows and places of the batches that come after `step` of them."""
+        ends = np.cumsum([phase.steps for phase in self.data])
+        return [(phase.batch_size, phase.sequence_length) for phase, end in zip(self.data, ends) if end > step]
+
 
 def phases_of(section: dict[str, Any], where: str) -> Phases:
     """Cuts `steps` into phases by their shares; borders are rounded to whole steps, each phase has at least one."""
@@ -215,56 +223,79 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
     """Trains to the end, from the run's own last checkpoint if there is one; returns the contract's summary keys."""
     section, name = context.section, context.stage.name
     phases = phases_of(section, name)
-    rate = training.join(phases.rates)
+    program = program_of(section, name, run, mesh)
+    batches = loader_of(context, corpus, phases.data, mesh)
+    if run.data_position is not None:
+        batches.go_on_from(run.data_position)
+    loop_config = loop_config_of(section, name)
+    loader = data.prefetch(batches if run.prepare is None else _Prepared(batches, run.prepare))
+    loop = training.Loop(
+        config=loop_config,
+        step=program.step,
+        initial_state=lambda: _with_moments(program.initial(run.load()), run),
+        abstract=program.state,
+        frozen=run.frozen,
+        loader=loader,
+        held_out=training.HeldOutLoss(run.model, validation_of(context, corpus), mesh, runtime_of(context, mesh)),
+        store=checkpoints.CheckpointStore(run.folder / "checkpoints", asynchronous=True),
+        folder=run.folder,
+        mesh=mesh,
+        meta={
+            "model": run.model.to_dict(),
+            "tokenizer": corpus.tokenizer.hash,
+            "lineage": run.lineage,
+            "identity": context.identity,
+        },
+        flops_per_token=run.flops_per_token,
+        phase_of=phases.phase_of,
+        shapes_from=phases.shapes_from if run.prepare is None else lambda step: (),  # its batches hold more
+        merge=data.merge_states,
+    )
+    try:
+        drive(context, loop, label)
+    finally:
+        loader.close()
+    return summarise(run.folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A stage's train step.
+
+    Attributes:
+      step: (state, batch, frozen) -> (state, metrics), jitted.
+      initial: makes its first state of the trainable tree, jitted.
+      state: as ShapeDtypeStructs with shardings.
+    """
+
+    step: training.StepFunction
+    initial: Callable[[Any], training.TrainState]
+    state: training.TrainState
+
+
+def program_of(section: dict[str, Any], name: str, run: Run, mesh: Any) -> Program:
+    """The step of a run, on a mesh of devices that need not be here; nothing is compiled."""
+    rate = training.join(phases_of(section, name).rates)
     optimizer = training.make_optimizer(
         build(training.OptimizerConfig, section["optimizer"], f"{name}.optimizer"), rate, run.model,
         run.multipliers, run.epsilons,
     )  # fmt: skip
     shardings = training.state_shardings(run.abstract, optimizer, run.model, mesh)
     make_state = functools.partial(training.make_state, optimizer=optimizer)
-    initial = jax.jit(make_state, out_shardings=shardings)
-    batches = loader_of(context, corpus, phases.data)
-    if run.data_position is not None:
-        batches.go_on_from(run.data_position)
-    intervals = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
-    loop_config = build(training.LoopConfig, intervals, name)
-    loader = data.prefetch(batches if run.prepare is None else _Prepared(batches, run.prepare))
-    store = checkpoints.CheckpointStore(run.folder / "checkpoints")
-    with context.stop.deferred(), context.display.progress(section["steps"], "steps") as update:
-        note = _Note(label)
-        loop = training.Loop(
-            config=loop_config,
-            step=training.make_step(run.loss, optimizer, rate, shardings),
-            initial_state=lambda: _with_moments(initial(run.load()), run),
-            abstract=training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
-            frozen=run.frozen,
-            loader=loader,
-            held_out=training.HeldOutLoss(run.model, validation_of(context, corpus), mesh, runtime_of(context)),
-            store=store,
-            folder=run.folder,
-            mesh=mesh,
-            meta={
-                "model": run.model.to_dict(),
-                "tokenizer": corpus.tokenizer.hash,
-                "lineage": run.lineage,
-                "identity": context.identity,
-            },
-            flops_per_token=run.flops_per_token,
-            phase_of=phases.phase_of,
-            stop_requested=lambda: context.stop.requested,
-            on_record=note.record,
-            on_step=lambda step: update(step, note.text),
-        )
-        try:
-            loop.run()
-        except training.Preempted:
-            raise Stopped from None
-        except training.Diverged as error:
-            raise UserError(error.what, where=f"{name}.{error.where}", remedy=error.remedy) from error
-        finally:
-            loader.close()
-            store.close()
-    return summarise(run.folder)
+    return Program(
+        training.make_step(run.loss, optimizer, rate, shardings, training.compiler_options(mesh)),
+        jax.jit(make_state, out_shardings=shardings),
+        training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
+    )
+
+
+def loop_config_of(section: dict[str, Any], name: str) -> training.LoopConfig:
+    """Intervals, and when a run gives up."""
+    values = {key: section[key] for key in ("steps", "log_every", "eval_every", "save_every")}
+    values["max_skipped_steps"] = section.get("max_skipped_steps", training.LoopConfig.max_skipped_steps)
+    if section.get("spike") is not None:
+        values["spike"] = build(training.SpikeConfig, section["spike"], f"{name}.spike")
+    return build(training.LoopConfig, values, name)
 
 
 def _with_moments(state: training.TrainState, run: Run) -> training.TrainState:
@@ -295,20 +326,6 @@ class _Prepared(data.TrainingLoader):
         self._loader.set_state(state)
 
 
-class _Note:
-    """The text beside the progress bar: the newest losses."""
-
-    def __init__(self, label: str):
-        self.text, self._label = label, label
-        self._parts: dict[str, str] = {}
-
-    def record(self, record: dict[str, Any]) -> None:
-        for key, short in (("loss", "loss"), ("valid_loss", "valid"), ("tokens_per_second", "tokens/s")):
-            if key in record:
-                self._parts[short] = f"{short} {record[key]:.0f}" if "/s" in short else f"{short} {record[key]:.3f}"
-        self.text = " ".join(filter(None, [self._label, ", ".join(self._parts.values())]))
-
-
 def summarise(folder: Any) -> dict[str, Any]:
     """The summary of a finished run, from its metrics alone, so that it does not depend on interruptions."""
     records = training.read_metrics(folder / "metrics.jsonl")
@@ -328,7 +345,12 @@ def summarise(folder: Any) -> dict[str, Any]:
         "tokens": progress["tokens"],
         "steps": progress["step"],
         "train_flops": progress["train_flops"],
+        "skipped_steps": last.get("skipped_steps", 0),
     }
+    for key in ("tokens_per_second", "tokens_per_second_per_chip", "mfu"):
+        if found := [record[key] for record in records if key in record]:
+            summary[key] = float(np.median(found))
+    summary |= training.timeline.summarise(training.timeline.read(folder))
     return summary | {f"valid_loss_end_{source}": x for source, x in valid[-1]["valid_loss_by_source"].items()}
 
 

@@ -30,6 +30,16 @@ def write_bytes(target: str | os.PathLike[str], content: bytes) -> None:
     temporary.replace(whole)
 
 
+def append_text(target: str | os.PathLike[str], text: str) -> None:
+    """Adds `text` at the end of a file; on an object store, which knows no adding, writes it anew."""
+    whole = epath.Path(target)
+    if "://" in os.fspath(target):
+        write_text(whole, (whole.read_text() if whole.exists() else "") + text)
+        return
+    with whole.open("a") as out:
+        out.write(text)
+
+
 def write_json(target: str | os.PathLike[str], value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, atomically; NaN and the infinities become null."""
     write_text(target, json.dumps(finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n")

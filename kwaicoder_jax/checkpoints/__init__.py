@@ -5,6 +5,7 @@ from kwaicoder_jax.checkpoints.partial import PartialStep
 from kwaicoder_jax.checkpoints.pieces import MEMORY_BYTES, Piece, Progress, is_finite, write_pieces
 from kwaicoder_jax.checkpoints.store import (
     CheckpointStore,
+    SaveFailed,
     find,
     is_complete,
     newest_step,
@@ -19,6 +20,7 @@ __all__ = [
     "PartialStep",
     "Piece",
     "Progress",
+    "SaveFailed",
     "Spec",
     "Tensor",
     "Tensors",

@@ -9,16 +9,18 @@ file afterwards (a copy that was cut off, a deletion that was) is passed over.
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from kwaicoder_jax.checkpoints import layout
+from kwaicoder_jax.checkpoints import layout, writing
 from kwaicoder_jax.errors import UserError
 
 Tree = Any
@@ -30,53 +32,169 @@ _LAST_FILES = {
 }
 
 
-class CheckpointStore:
-    """Saves and restores the checkpoints in one folder; keeps the newest `keep`."""
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written, for another reason than the disk; the one before it is whole."""
 
-    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs every save at INFO and warns about local disks
+
+class CheckpointStore:
+    """Saves and restores the checkpoints in one folder; keeps the newest `keep`, and those that they need.
+
+    A checkpoint needs the steps that its description lists under "needs". Where several processes train together, all
+    of them call `save` and `restore` with their parts of the arrays; process 0 writes the description.
+
+    Args:
+      folder: of all steps; made by the first save.
+      keep: how many steps stay.
+      asynchronous: `save` returns when the arrays are copied. `check` and `wait` then say whether writing failed.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, asynchronous: bool = False):
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of failures in many lines
         self.folder = epath.Path(folder)
-        # Synchronous: on CPU, an array that is being written may share its buffer with one that the next step donates.
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options)
+        self._kept, self._asynchronous = _Kept(keep, self.folder), asynchronous
+        self._manager: ocp.CheckpointManager | None = None  # made by the first save: a reader changes nothing
+        self._unreadable: set[int] = set()
+        self._saving = False
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
         return max(self._complete(), default=None)
 
+    def complete_steps(self) -> list[int]:
+        """All complete steps, the newest first."""
+        return sorted(self._complete(), reverse=True)
+
     def save(self, step: int, params: Tree, meta: dict[str, Any], train: Tree | None = None) -> None:
-        """Writes one step; it becomes visible whole or not at all. Saving a step again does nothing."""
+        """Writes one step; it becomes visible whole or not at all. Saving a step again does nothing.
+
+        Raises:
+          OSError: the disk is full, or something like it, now or in the save before; `wait` and `check` say so too.
+          SaveFailed: any other failure.
+        """
+        self.wait()
         complete = self._complete()
         if step in complete:
             return
-        for broken in set(self._manager.all_steps()) - complete:  # Orbax would take it for the newest and save no other
-            self._manager.delete(broken)
-        params_args = ocp.args.StandardSave(params, jax.tree.map_with_path(_chunked, params))
-        items: dict[str, Any] = {"params": params_args, "meta": ocp.args.JsonSave(meta)}
-        if train is not None:
-            items["train"] = ocp.args.StandardSave(train)
-        self._manager.save(step, args=ocp.args.Composite(**items))
-        self._manager.wait_until_finished()
+        with _explained(self.folder):
+            manager = self._open_manager((params, train))
+            for broken in set(manager.all_steps()) - complete:  # Orbax would take it for the newest and save no other
+                manager.delete(broken)
+            self._unreadable.clear()
+            copy, copied_train = (
+                (writing.apart(params), writing.apart(train)) if self._asynchronous else (params, train)
+            )
+            arguments = ocp.args.StandardSave(copy, jax.tree.map_with_path(_chunked, params))
+            items: dict[str, Any] = {"params": arguments, "meta": ocp.args.JsonSave(meta)}
+            if train is not None:
+                items["train"] = ocp.args.StandardSave(copied_train)
+            self._kept.needs[step] = meta.get("needs", [])
+            manager.save(step, args=ocp.args.Composite(**items))
+            self._saving = True
+        if not self._asynchronous:
+            self.wait()
+
+    def check(self) -> None:
+        """Raises what the save that is going on has failed with, if it has; never waits."""
+        if self._saving and self._manager is not None:
+            with _explained(self.folder):
+                self._manager.check_for_errors()
+            if not self._manager.is_saving_in_progress():
+                self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save that is going on is whole; raises what it failed with."""
+        if self._saving and self._manager is not None:
+            self._saving = False
+            with _explained(self.folder):
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
+
+    def _open_manager(self, trees: Tree) -> ocp.CheckpointManager:
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=self._kept,
+                enable_async_checkpointing=self._asynchronous,
+                cleanup_tmp_directories=True,  # what a kill or a full disk left of a step
+            )
+            handlers = writing.registry(trees)
+            self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, handler_registry=handlers)
+        return self._manager
 
     def all_steps(self) -> list[int]:
         """Every step that has a folder, complete or not."""
-        return list(self._manager.all_steps())
+        return _steps(self.folder)
+
+    def pass_over(self, step: int) -> None:
+        """Takes a step that cannot be read for an incomplete one from now on; the next save removes it."""
+        self._unreadable.add(step)
 
     def _complete(self) -> set[int]:
-        return {step for step in self._manager.all_steps() if _is_complete(self.folder / str(step))}
+        found = {step for step in _steps(self.folder) if _is_complete(self.folder / str(step))}
+        return found - self._unreadable
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON description of one step."""
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        return json.loads((self.folder / str(step) / "meta" / "metadata").read_text())
 
     def restore(self, step: int, item: str, abstract: Tree) -> Tree:
         """Reads "params" or "train" of one step into the shapes, dtypes and shardings of `abstract`."""
-        arguments = ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
-        return self._manager.restore(step, args=arguments)[item]
+        with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as reader:
+            place = self.folder.absolute() / str(step) / item
+            return reader.restore(place, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
-        """Releases the manager's threads."""
-        self._manager.close()
+        """Waits for a save that is going on, without a word where it fails, and releases the threads."""
+        if self._manager is not None:
+            with contextlib.suppress(OSError, SaveFailed):
+                self.wait()
+            with contextlib.suppress(Exception):  # Orbax says once more what `wait` said
+                self._manager.close()
+            self._manager = None
+
+
+class _Kept:
+    """Orbax's rule for what stays: the newest few steps, and the steps that they need."""
+
+    def __init__(self, keep: int, folder: epath.Path):
+        self._keep, self._folder = keep, folder
+        self.needs: dict[int, list[int]] = {}  # of the steps that this process saved
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """One answer for each checkpoint; the last one is being written."""
+        del context
+        steps = [each.step for each in checkpoints]
+        newest = sorted(steps)[-self._keep :]
+        kept = {*newest, *(step for each in newest for step in self._needs(each))}
+        return [step in kept for step in steps]
+
+    def _needs(self, step: int) -> list[int]:
+        if step in self.needs:
+            return self.needs[step]
+        try:
+            return json.loads((self._folder / str(step) / "meta" / "metadata").read_text()).get("needs", [])
+        except (OSError, ValueError):
+            return []
+
+
+@contextlib.contextmanager
+def _explained(folder: epath.Path) -> Iterator[None]:
+    """Turns what Orbax and TensorStore raise of a failed save into one error: of the disk, or SaveFailed."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(folder)) from error
+    except Exception as error:
+        text = str(error)
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO):
+            if os.strerror(number) in text or errno.errorcode[number] in text:
+                raise OSError(number, os.strerror(number), str(folder)) from error
+        raise SaveFailed(f"{folder}: a checkpoint could not be written: {text.splitlines()[0]}") from error
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    if not folder.exists():
+        return []
+    return sorted(int(step.name) for step in folder.iterdir() if step.name.isdigit() and step.is_dir())
 
 
 def find(place: str | os.PathLike[str]) -> epath.Path:

@@ -86,13 +86,13 @@ def topology(name: str, where: str = "--topology") -> Topology:
     return Topology(name, kind, described.devices, shape, rings)
 
 
-def compiler_options(chip_name: str) -> dict[str, str]:
-    """Options for `jit`: with them collectives run beside the arithmetic, and gradients are scattered.
+def compiler_options(device_kind: str) -> dict[str, str]:
+    """Options for `jit` on devices that jax calls so: collectives run beside the arithmetic, gradients are scattered.
 
     On v5p the SparseCores move the data. Without them the compiler of libtpu 0.0.42 writes a reduce-scatter over a whole
     torus as an all-reduce and a slice, and waits for every gather.
     """
-    if chip_name == "v5p":
+    if device_kind in ("TPU v5", "TPU v5p"):
         kinds = (
             "all_gather",
             "reduce_scatter",
@@ -102,7 +102,7 @@ def compiler_options(chip_name: str) -> dict[str, str]:
             "nd_reduce_scatter",
         )
         return {f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true" for kind in kinds}
-    if chip_name in ("v5e", "v6e"):
+    if device_kind in ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e"):
         return {
             "xla_tpu_enable_async_collective_fusion": "true",
             "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",

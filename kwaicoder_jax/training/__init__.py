@@ -1,6 +1,8 @@
 """Mesh and sharding rules, optimizer, schedule, state, step, loop, metrics."""
 
-from kwaicoder_jax.training.loop import Diverged, Loop, LoopConfig, Preempted, Progress
+from kwaicoder_jax.training import timeline
+from kwaicoder_jax.training.guard import Diverged, Guard, SpikeConfig
+from kwaicoder_jax.training.loop import Loop, LoopConfig, Preempted
 from kwaicoder_jax.training.losses import (
     BalanceConfig,
     language_model_loss,
@@ -15,18 +17,22 @@ from kwaicoder_jax.training.mesh import (
     abstract_params,
     batch_sharding,
     check_rows,
+    compiler_options,
     make_mesh,
+    own_rows,
     param_shardings,
     partition,
     platform_of,
     replicated,
+    row_share,
     shard_batch,
 )
 from kwaicoder_jax.training.metrics import TIME_KEYS, MetricsLog, read_metrics
 from kwaicoder_jax.training.optimizer import OptimizerConfig, make_optimizer
+from kwaicoder_jax.training.resuming import Progress, abstract_batch
 from kwaicoder_jax.training.schedule import Law, PhaseRate, join, phase_rate
 from kwaicoder_jax.training.state import TrainState, abstract_state, make_state, state_shardings
-from kwaicoder_jax.training.step import HeldOutLoss, LossFunction, make_step
+from kwaicoder_jax.training.step import HeldOutLoss, Interrupted, LossFunction, StepFunction, make_step
 
 __all__ = [
     "BATCH_AXES",
@@ -34,7 +40,9 @@ __all__ = [
     "TIME_KEYS",
     "BalanceConfig",
     "Diverged",
+    "Guard",
     "HeldOutLoss",
+    "Interrupted",
     "Law",
     "Loop",
     "LoopConfig",
@@ -45,11 +53,15 @@ __all__ = [
     "PhaseRate",
     "Preempted",
     "Progress",
+    "SpikeConfig",
+    "StepFunction",
     "TrainState",
+    "abstract_batch",
     "abstract_params",
     "abstract_state",
     "batch_sharding",
     "check_rows",
+    "compiler_options",
     "join",
     "language_model_loss",
     "load_balance_loss",
@@ -57,6 +69,7 @@ __all__ = [
     "make_optimizer",
     "make_state",
     "make_step",
+    "own_rows",
     "param_shardings",
     "partition",
     "phase_rate",
@@ -64,7 +77,9 @@ __all__ = [
     "read_metrics",
     "replicated",
     "router_metrics",
+    "row_share",
     "run_model",
     "shard_batch",
     "state_shardings",
+    "timeline",
 ]

@@ -1,6 +1,7 @@
 """The device mesh, and the one table that maps logical axes of parameters and batches to mesh axes."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kwaicoder_jax import models
+from kwaicoder_jax import hardware, models
 from kwaicoder_jax.errors import UserError
 
 BATCH_AXES = ("data", "fsdp", "expert")  # a batch is split over all of these
@@ -98,26 +99,62 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+@functools.lru_cache
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Which part of a batch's rows this process holds, and of how many; processes may hold the same part."""
+    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts: dict[int, set[int]] = {}
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((shares,))
+    for device, (rows,) in places.items():
+        parts.setdefault(device.process_index, set()).add(rows.start or 0)
+    distinct = sorted({tuple(sorted(part)) for part in parts.values()})
+    if [row for part in distinct for row in part] != list(range(shares)) or len({len(part) for part in distinct}) != 1:
+        raise UserError(
+            "the processes do not hold whole, equal runs of a batch's rows", where="mesh",
+            remedy="let each of mesh.data, fsdp and expert divide, or be divided by, the number of processes",
+        )  # fmt: skip
+    return distinct.index(tuple(sorted(parts[jax.process_index()]))), len(distinct)
+
+
+def own_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarray]:
+    """This process's rows of a whole batch."""
+    index, count = row_share(mesh)
+    rows = min((len(value) for value in batch.values()), default=0)
+    if rows % count:
+        what, remedy = f"a batch of {rows} rows, which {count} processes cannot share", f"use a multiple of {count}"
+        raise UserError(what, where="validation.batch_size", remedy=remedy)
+    return {key: value[index * rows // count : (index + 1) * rows // count] for key, value in batch.items()}
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Places this process's rows of a global batch; together the processes hold the whole batch."""
     sharding = batch_sharding(mesh)
-    check_rows(jax.process_count() * min((len(value) for value in batch.values()), default=0), mesh)
-    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
-
-
-def platform_of(mesh: Mesh) -> str:
-    """As jax names it: "cpu", "tpu", "gpu"."""
-    return mesh.devices.flat[0].platform
+    count = row_share(mesh)[1] if jax.process_count() > 1 else 1
+    check_rows(count * min((len(value) for value in batch.values()), default=0), mesh)
+    return {
+        key: jax.make_array_from_process_local_data(sharding, value, (count * len(value), *value.shape[1:]))
+        for key, value in batch.items()
+    }
 
 
 def check_rows(rows: int, mesh: Mesh) -> None:
-    """UserError for a batch that the devices cannot share."""
+    """UserError for a global batch that the devices cannot share."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     if rows % shares:
         raise UserError(
             f"a batch of {rows} rows, which {shares} devices ({' * '.join(BATCH_AXES)}) cannot share", where="mesh",
             remedy=f"use a batch size that is a multiple of {shares}",
         )  # fmt: skip
+
+
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """What the compiler is told for these devices, see `hardware.compiler_options`."""
+    return hardware.compiler_options(getattr(mesh.devices.flat[0], "device_kind", ""))
+
+
+def platform_of(mesh: Mesh) -> str:
+    """As jax names it: "cpu", "tpu", "gpu"."""
+    return mesh.devices.flat[0].platform
 
 
 def abstract_params(config: models.ModelConfig, mesh: Mesh) -> Any:

@@ -10,7 +10,8 @@ from etils import epath
 from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
-TIME_KEYS = ("seconds", "tokens_per_second")  # differ from run to run; everything else repeats to the bit
+# What differs from run to run; everything else repeats to the bit.
+TIME_KEYS = ("seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu")
 
 
 class MetricsLog:
@@ -19,23 +20,30 @@ class MetricsLog:
     Args:
       folder: the stage folder.
       restored_step: the step that training goes on from; None for a fresh start.
+      evaluated_step: that of the last evaluation that counts; a later one will be made again.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], restored_step: int | None):
+    def __init__(self, folder: str | os.PathLike[str], restored_step: int | None, evaluated_step: int | None = None):
         from tensorboardX import (
             SummaryWriter,  # imports PyTorch where that is installed: a second of every command's start
         )
 
         self.file = epath.Path(folder) / "metrics.jsonl"
-        self._cut(restored_step)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self._cut(restored_step, restored_step if evaluated_step is None else evaluated_step)
         purge = None if restored_step is None else restored_step + 1
+        self._events = None
+        if "://" in os.fspath(folder):
+            return  # its writers for object stores need packages of their own; metrics.jsonl holds the same numbers
         self._events = SummaryWriter(os.fspath(epath.Path(folder) / "events"), purge_step=purge, flush_secs=30)
 
-    def _cut(self, restored_step: int | None) -> None:
-        kept = [] if restored_step is None else [r for r in read_metrics(self.file) if r["step"] <= restored_step]
-        temporary = self.file.parent / f".{self.file.name}.tmp"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        temporary.replace(self.file)
+    def _cut(self, restored_step: int | None, evaluated_step: int | None) -> None:
+        kept = []
+        if restored_step is not None and evaluated_step is not None:
+            for record in read_metrics(self.file):
+                if record["step"] <= (evaluated_step if "valid_loss" in record else restored_step):
+                    kept.append(record)
+        files.write_text(self.file, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write(self, record: dict[str, Any]) -> None:
         """Writes one record; it must hold "step". The line is in the file when this returns.
@@ -43,15 +51,15 @@ class MetricsLog:
         JSON has no number for NaN and the infinities (a run that diverged): they are written as null, read as None.
         """
         record = files.finite({key: _plain(value) for key, value in record.items()})
-        with self.file.open("a") as out:
-            out.write(json.dumps(record, allow_nan=False) + "\n")
+        files.append_text(self.file, json.dumps(record, allow_nan=False) + "\n")
         for key, value in record.items():
-            if isinstance(value, float):
+            if isinstance(value, float) and self._events is not None:
                 self._events.add_scalar(key, value, record["step"])
 
     def close(self) -> None:
         """Flushes the TensorBoard events."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def _plain(value: Any) -> Any:

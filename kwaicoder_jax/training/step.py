@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from kwaicoder_jax import models
 from kwaicoder_jax.training.losses import run_model
-from kwaicoder_jax.training.mesh import shard_batch
+from kwaicoder_jax.training.mesh import own_rows, shard_batch
 from kwaicoder_jax.training.state import TrainState
 
 # (trainable, batch, frozen) -> (loss, metrics). `frozen` is a tree that is not trained, such as a teacher.
@@ -24,19 +24,32 @@ def make_step(
     optimizer: optax.GradientTransformation,
     rate: Callable[[jax.Array], jax.Array],
     shardings: TrainState | None = None,
+    compiler_options: Mapping[str, str] | None = None,
 ) -> StepFunction:
-    """Compiles forward, backward and update; the old state's buffers are given away."""
+    """Forward, backward and update as one jitted function; the old state's buffers are given away.
+
+    Where the loss or the gradient is not finite, the state stays as it is, its counts included, and the metric
+    "skipped" is 1.
+    """
 
     def step(state: TrainState, batch: dict[str, jax.Array], frozen: Any):
         gradient_of = jax.value_and_grad(loss_function, has_aux=True)
-        (_, metrics), gradients = gradient_of(state.trainable, batch, frozen)
+        (loss, metrics), gradients = gradient_of(state.trainable, batch, frozen)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
-        metrics |= {"gradient_norm": optax.global_norm(gradients), "learning_rate": rate(state.step)}
-        return TrainState(state.step + 1, trainable, opt_state), metrics
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        metrics |= {"gradient_norm": norm, "learning_rate": rate(state.step), "skipped": ~finite}
+        new = TrainState(state.step + 1, trainable, opt_state)
+        return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state), metrics
 
     out = None if shardings is None else (shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=out)
+    options: Any = dict(compiler_options) if compiler_options else None
+    return jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
+
+
+class Interrupted(Exception):
+    """An evaluation was given up, as its caller asked."""
 
 
 class HeldOutLoss:
@@ -57,12 +70,35 @@ class HeldOutLoss:
             mask_BT = batch["loss_mask"]
             return models.cross_entropy(hidden_BTD, projection_VD, batch["targets"], mask_BT), jnp.sum(mask_BT)
 
-        self._sums = jax.jit(sums)
-        self._batches = {source: [shard_batch(batch, mesh) for batch in each] for source, each in batches.items()}
+        self._sums: Any = jax.jit(sums)
+        self._compiled: dict[Any, Any] = {}
+        self._batches = {
+            source: [shard_batch(own_rows(batch, mesh), mesh) for batch in each] for source, each in batches.items()
+        }
 
-    def __call__(self, params: Any) -> dict[str, Any]:
-        """{"valid_loss": nats per token over all sources, "valid_loss_by_source": {...}}."""
-        sums = {source: [self._sums(params, batch) for batch in each] for source, each in self._batches.items()}
+    def compile(self, params: Any) -> None:
+        """Compiles for parameters (or ShapeDtypeStructs with shardings) ahead of the first call."""
+        for batch in (batch for each in self._batches.values() for batch in each):
+            shape = batch["inputs"].shape
+            if shape not in self._compiled:
+                self._compiled[shape] = self._sums.lower(params, batch).compile()
+
+    def __call__(self, params: Any, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+        """{"valid_loss": nats per token over all sources, "valid_loss_by_source": {...}}.
+
+        `interrupted` is asked after each batch; where it says yes, Interrupted is raised.
+        """
+        sums: dict[str, list[Any]] = {}
+        last: list[Any] = []
+        for source, each in self._batches.items():
+            sums[source] = []
+            for batch in each:
+                run = self._compiled.get(batch["inputs"].shape, self._sums)
+                sums[source].append(run(params, batch))
+                last = [*last, sums[source][-1]][-3:]
+                jax.block_until_ready(last[0])  # two batches on their way are enough, and an answer is soon heard
+                if interrupted():
+                    raise Interrupted
         totals = {source: np.sum(np.asarray(jax.device_get(each), np.float64), 0) for source, each in sums.items()}
         loss, tokens = np.sum(list(totals.values()), axis=0)
         by_source = {source: float(each[0] / max(each[1], 1)) for source, each in totals.items()}

@@ -11,7 +11,11 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
 TINY = "tests/experiments/tiny_config.py"
-RUN_KEYS = ("started_at", "git_commit", "seconds", "peak_rss_bytes", "tokens_per_second")  # of a run, not of its result
+RUN_KEYS = (  # of a run, not of its result
+    "started_at", "git_commit", "seconds", "peak_rss_bytes", "tokens_per_second", "tokens_per_second_per_chip", "mfu",
+    "seconds_total", "seconds_lost_to_restarts", "restarts", "seconds_input", "seconds_saving", "seconds_compiling",
+    "seconds_restoring", "seconds_evaluating", "seconds_rolling_back", "goodput",
+)  # fmt: skip
 
 
 def environment(devices: int = 1, **more: str) -> dict[str, str]:

@@ -374,3 +374,22 @@ def test_a_signal_is_deferred_inside_a_loop_and_raised_after_it():
         loop()
     with pytest.raises(stopping.Stopped):
         stop._handle(signal.SIGTERM, None)
+
+
+def test_where_nothing_would_be_lost_a_signal_raises_at_once():
+    def asked_while_idle(stop):
+        with stop.deferred():
+            stop.idle(True)
+            stop._handle(signal.SIGTERM, None)
+
+    def idle_after_it_was_asked(stop):
+        with stop.deferred():
+            stop.idle(False)
+            stop._handle(signal.SIGTERM, None)
+            assert stop.requested
+            stop.idle(True)
+            pytest.fail("it goes on")
+
+    for work in (asked_while_idle, idle_after_it_was_asked):
+        with pytest.raises(stopping.Stopped):
+            work(stopping.Stop())

@@ -80,4 +80,4 @@ def test_numbers_that_json_lacks_are_null(tmp_path):
 
 def test_a_file_that_is_not_there_holds_no_records(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == []
-    assert TIME_KEYS == ("seconds", "tokens_per_second")
+    assert TIME_KEYS == ("seconds", "tokens_per_second", "tokens_per_second_per_chip", "mfu")

@@ -1,0 +1,201 @@
+"""Several real processes train one run, and are killed, stopped, hung: it ends as if nothing had been."""
+
+import json
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from kwaicoder_jax import checkpoints
+from tests.experiments import commands, crowd
+from tests.experiments.crowd import Crowd, assert_same_bits
+
+STAGE = "tests.experiments.toy_stage"
+QUICK = ("--peer_seconds=4", "--join_seconds=15")
+
+
+def run(workdir, count, *arguments, devices=1, module=STAGE, **more):
+    started = Crowd(module, workdir, count, *QUICK, *arguments, devices=devices, **more)
+    assert started.statuses(300) == [0] * count, started.output()
+    return started
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The toy, undisturbed, by two processes of one device each."""
+    workdir = tmp_path_factory.mktemp("whole")
+    started = run(workdir, 2)
+    assert "step" not in started.output(1)  # process 0 alone speaks
+    return workdir / "toy"
+
+
+def test_one_process_writes_what_there_is_one_of(whole):
+    lines = [line["step"] for line in commands.records(whole) if "loss" in line]
+    assert lines == list(range(1, 41))
+    assert json.loads((whole / "summary.json").read_text())["steps"] == 40
+    assert checkpoints.read_meta(whole)["guard"]["skipped"] == 1
+
+
+def kill_often(workdir, count, times, rng, *, devices=1, longest=7.0, **options):
+    """Kills one or all of the processes at random moments after their start; how often that hit them at work."""
+    hits = 0
+    for number in range(times):
+        started = Crowd(options.get("module", STAGE), workdir, count, *QUICK, *options.get("arguments", ()), devices=devices,
+                        **options.get("more", {}))  # fmt: skip
+        time.sleep(rng.uniform(options.get("shortest", 1.0), longest))
+        victims = range(count) if number % 2 else [rng.randrange(count)]
+        hits += all(process.poll() is None for process in started.processes)
+        started.kill(*victims)
+        statuses = started.statuses(120)  # the others do not hang
+        if any(status == -signal.SIGKILL for status in statuses):
+            assert all(status != 0 for status in statuses), (statuses, started.output())
+    return hits
+
+
+def test_killed_at_random_moments_they_end_in_the_same_bits(whole, tmp_path):
+    rng = random.Random(int(time.time()) % 1000)
+    kill_often(tmp_path, 2, 5, rng)
+    run(tmp_path, 2)
+    assert_same_bits(tmp_path / "toy", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_many_times_four_processes_end_in_the_same_bits(tmp_path, seed):
+    run(tmp_path / "whole", 4)
+    assert kill_often(tmp_path / "work", 4, 12, random.Random(seed), shortest=4.0, longest=20.0) >= 8
+    run(tmp_path / "work", 4)
+    assert_same_bits(tmp_path / "work" / "toy", tmp_path / "whole" / "toy")
+
+
+def stopped(workdir, count, step, **options):
+    """Process 1 is asked to stop after a step; the description of what all of them saved then."""
+    started = Crowd(STAGE, workdir, count, *QUICK, "--preempt_exit_code=75", TOY_SLOW="0.1", **options)
+    started.wait_for(workdir / "toy", step)
+    started.processes[1].send_signal(signal.SIGTERM)
+    assert started.statuses() == [75] * count, started.output()
+    meta = checkpoints.read_meta(workdir / "toy")
+    assert step <= meta["progress"]["step"] < 40
+    assert commands.records(workdir / "toy")[-1]["step"] == meta["progress"]["step"]
+    assert meta["loader"] == {"number": meta["progress"]["step"]}
+
+
+def test_a_stop_of_one_process_stops_all_at_one_step_and_they_go_on_from_there(whole, tmp_path):
+    stopped(tmp_path, 2, 7)
+    run(tmp_path, 2)
+    assert_same_bits(tmp_path / "toy", whole)
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_for_four_and_one_for_two(whole, tmp_path):
+    """On another layout to rounding: float32 sums in another order. The order of the data stays."""
+    stopped(tmp_path, 4, 7)
+    stopped(tmp_path, 2, 17, devices=2)
+    run(tmp_path, 1, devices=2)
+    first, second = crowd.arrays(tmp_path / "toy"), crowd.arrays(whole)
+    for name in first:
+        np.testing.assert_allclose(first[name], second[name], rtol=1e-5, atol=1e-6, err_msg=name)
+    losses = [
+        [line["loss"] for line in commands.records(place) if "loss" in line] for place in (tmp_path / "toy", whole)
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)  # each step saw the same rows
+
+
+@pytest.mark.slow
+def test_a_jump_of_the_loss_rolls_all_processes_back_and_kills_do_not_matter(tmp_path):
+    arguments = ["--config=tests/experiments/toy_spike_config.py"]
+    run(tmp_path / "whole", 2, *arguments)
+    assert checkpoints.read_meta(tmp_path / "whole" / "toy")["guard"]["windows"] == [[21, 23]]
+    kill_often(tmp_path / "work", 2, 4, random.Random(3), arguments=arguments, shortest=3.0, longest=9.0)
+    run(tmp_path / "work", 2, *arguments)
+    assert_same_bits(tmp_path / "work" / "toy", tmp_path / "whole" / "toy")
+
+
+@pytest.mark.slow
+def test_the_mixture_by_four_processes_is_killed_and_goes_on_with_two(finished, tmp_path):
+    """The real stage: bits on the same layout, losses to rounding on another, the same order of the data."""
+    for place in ("whole", "work"):
+        for name in ("prepare_data", "upcycle"):
+            shutil.copytree(finished / name, tmp_path / place / name)
+    arguments = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.cpt.steps=20"]
+    options = {"module": "experiments.cpt", "config": commands.TINY}
+    run(tmp_path / "whole", 4, *arguments, **options)
+    kill_often(tmp_path / "work", 4, 3, random.Random(1), shortest=15.0, longest=60.0, module="experiments.cpt",
+               arguments=arguments, more={"config": commands.TINY})  # fmt: skip
+    shutil.copytree(tmp_path / "work", tmp_path / "other")
+    run(tmp_path / "work", 4, *arguments, **options)
+    assert_same_bits(tmp_path / "work" / "cpt", tmp_path / "whole" / "cpt")
+    run(tmp_path / "other", 2, *arguments, devices=2, **options)
+    records = [commands.records(tmp_path / place / "cpt") for place in ("other", "whole")]
+    losses = [[line["loss"] for line in lines if "loss" in line] for lines in records]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    loaders = [checkpoints.read_meta(tmp_path / place / "cpt")["loader"] for place in ("other", "whole")]
+    assert loaders[0] == loaders[1]
+
+
+def test_a_process_that_hangs_is_named_and_all_end(tmp_path):
+    started = Crowd(STAGE, tmp_path, 2, *QUICK, "--watchdog_seconds=15", TOY_FAULT="hang:1:12")
+    assert started.statuses(90) == [3, 3], started.output()
+    assert f"no step ended within 15 s: process 1 of 2 on {socket.gethostname()}" in started.output(0)
+    assert "in input after step 11" in started.output(0)
+    assert "process 0" not in started.output(0)
+    assert 'tests/experiments/toy_stage.py", line' in started.output(1)  # where it was
+    assert checkpoints.newest_step(tmp_path / "toy") == 10
+
+
+@pytest.mark.slow
+def test_a_stop_during_compilation_ends_at_once(tmp_path):
+    started = Crowd(STAGE, tmp_path, 2, *QUICK, "--preempt_exit_code=75", TOY_FAULT="compile:1")
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "toy" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    began = time.monotonic()
+    started.processes[1].send_signal(signal.SIGTERM)
+    assert started.statuses(40) == [75, 75], started.output()
+    assert time.monotonic() - began < 20
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size=20m none "$1"
+shift
+"$@" & pid=$!
+until [ -d "$WORK/toy/checkpoints/10" ]; do sleep 0.02; kill -0 $pid; done
+head -c 100m /dev/zero > "$WORK/filler" || true
+wait $pid && status=0 || status=$?
+echo "status $status, $(ls "$WORK/toy/checkpoints" | tr '\\n' ' ')"
+rm "$WORK/filler"
+"$@"
+cp -r "$WORK/toy" "$KEEP"
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
+    """A small disk of its own, which fills up while steps are saved."""
+    if subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("nothing may be mounted here")
+    run(tmp_path / "whole", 1, devices=2)
+    (tmp_path / "disk").mkdir()
+    more = {"WORK": str(tmp_path / "disk"), "KEEP": str(tmp_path / "kept"), "TOY_SLOW": "0.05"}
+    command = [sys.executable, "-m", STAGE, f"--config={crowd.TOY}", f"--workdir={tmp_path / 'disk'}"]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", FULL, "sh", str(tmp_path / "disk"), *command],
+        cwd=commands.ROOT, env=commands.environment(2, **more), capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "No space left on device; choose a place that can be written" in errors[0]
+    assert "Traceback" not in done.stderr
+    status, folders = done.stdout.split(",")[:2]
+    assert status.strip() == "status 2"
+    assert "10" in folders.split() or "15" in folders.split()
+    assert_same_bits(tmp_path / "kept", tmp_path / "whole" / "toy")
