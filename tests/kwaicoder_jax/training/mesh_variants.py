@@ -49,6 +49,7 @@ def step_on(
     for array, place in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert array.sharding.is_equivalent_to(place, array.ndim)
     gradients = models.flatten(state.opt_state[0].trace["model"])
+    assert not metrics.pop("skipped")
     return jax.device_get(metrics), jax.device_get(gradients)
 
 
