@@ -67,6 +67,9 @@ def training(tokens: int, rows: int, phases: dict[str, ConfigDict]) -> dict[str,
         "log_every": 10,
         "eval_every": 1000,
         "save_every": 500,
+        "microbatches": 1,  # parts of a batch that are worked on one after the other
+        "max_skipped_steps": 10,
+        "spike": {"factor": 2.0, "window": 64, "max_rollbacks": 10},
     }
 
 

@@ -56,6 +56,7 @@ class Training(Drawing):
     eval_every: int
     save_every: int
     max_skipped_steps: Count = 10
+    microbatches: Count = 1
     spike: Mapping[str, Any] | None = None
 
 

@@ -282,8 +282,11 @@ def program_of(section: dict[str, Any], name: str, run: Run, mesh: Any) -> Progr
     )  # fmt: skip
     shardings = training.state_shardings(run.abstract, optimizer, run.model, mesh)
     make_state = functools.partial(training.make_state, optimizer=optimizer)
+    parts = section.get("microbatches", 1)
+    for phase in phases_of(section, name).data if parts > 1 else ():
+        training.check_rows(phase.batch_size, mesh, parts)
     return Program(
-        training.make_step(run.loss, optimizer, rate, shardings, training.compiler_options(mesh)),
+        training.make_step(run.loss, optimizer, rate, shardings, training.compiler_options(mesh), parts),
         jax.jit(make_state, out_shardings=shardings),
         training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
     )

@@ -137,13 +137,14 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
     }
 
 
-def check_rows(rows: int, mesh: Mesh) -> None:
-    """UserError for a global batch that the devices cannot share."""
+def check_rows(rows: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """UserError for a global batch that the devices cannot share, in so many parts."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if rows % shares:
+    if rows % (shares * microbatches):
+        parts = f" in {microbatches} parts" if microbatches > 1 else ""
         raise UserError(
-            f"a batch of {rows} rows, which {shares} devices ({' * '.join(BATCH_AXES)}) cannot share", where="mesh",
-            remedy=f"use a batch size that is a multiple of {shares}",
+            f"a batch of {rows} rows, which {shares} devices ({' * '.join(BATCH_AXES)}) cannot share{parts}", where="mesh",
+            remedy=f"use a batch size that is a multiple of {shares * microbatches}",
         )  # fmt: skip
 
 

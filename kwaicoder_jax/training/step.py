@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from kwaicoder_jax import models
+from kwaicoder_jax.training.accumulation import accumulate
 from kwaicoder_jax.training.losses import run_model
 from kwaicoder_jax.training.mesh import own_rows, shard_batch
 from kwaicoder_jax.training.state import TrainState
@@ -25,8 +26,12 @@ def make_step(
     rate: Callable[[jax.Array], jax.Array],
     shardings: TrainState | None = None,
     compiler_options: Mapping[str, str] | None = None,
+    microbatches: int = 1,
 ) -> StepFunction:
     """Forward, backward and update as one jitted function; the old state's buffers are given away.
+
+    With `microbatches` the rows of a batch are worked on in so many parts, one after the other, and gradients are added
+    up in float32 (see `accumulate`).
 
     Where the loss or the gradient is not finite, the state stays as it is, its counts included, and the metric
     "skipped" is 1.
@@ -34,6 +39,8 @@ def make_step(
 
     def step(state: TrainState, batch: dict[str, jax.Array], frozen: Any):
         gradient_of = jax.value_and_grad(loss_function, has_aux=True)
+        if microbatches > 1:
+            gradient_of = accumulate(gradient_of, microbatches)
         (loss, metrics), gradients = gradient_of(state.trainable, batch, frozen)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
