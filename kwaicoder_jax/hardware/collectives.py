@@ -52,12 +52,21 @@ class Collective:
 def find(module: Module) -> list[Collective]:
     """All collectives that are executed."""
     found: list[Collective] = []
+    chains: dict[tuple[int, str, str, float], int] = {}
     for computation, instruction, times in module.walk():
         if instruction.op in ("async-start", "call-start"):
             continue  # `walk` goes into what it calls
         hidden = _is_hidden(module, computation, instruction) if _may_hide(instruction) else False
         for inner, each in _inside(module, computation, instruction):
-            found.append(_collective(inner, each, times, hidden, module.partitions))
+            made = _collective(inner, each, times, hidden, module.partitions)
+            # A TPU's asynchronous fusions write one collective several times: its start, its steps, its end.
+            chain = each.attribute(r'chain_id="?(\w+)')
+            key = (id(computation), chain or "", made.kind, made.payload_bytes)
+            if chain is not None and inner is not computation and key in chains:
+                found[chains[key]] = dataclasses.replace(found[chains[key]], is_hidden=True)
+                continue
+            chains[key] = len(found)
+            found.append(made)
     hidden_calls = _hidden_calls(module)
     return [
         dataclasses.replace(each, is_hidden=True) if each.name in hidden_calls else each

@@ -179,6 +179,8 @@ class Runtime:
       dispatch: a value of Dispatch.
       expert_buffer: with Dispatch.TOKENS, rows that a device works on at once, over those of even routing. What is
         beyond is done in further passes, with work done twice.
+      scatter_stage: devices among which a gradient of experts is scattered at a time, see `mesh_axes.gathered`; 0 for
+        all that hold a part.
       platform: what "auto" chooses for ("cpu", "tpu", "gpu"); None for plain XLA.
     """
 
@@ -188,6 +190,7 @@ class Runtime:
     experts: str = "auto"
     dispatch: str = Dispatch.WEIGHTS
     expert_buffer: float = 1.5
+    scatter_stage: int = 0
     platform: str | None = None
 
     def __post_init__(self):
@@ -205,6 +208,10 @@ class Runtime:
         object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
         if not 1.0 <= self.expert_buffer < math.inf:
             raise UserError(f"{self.expert_buffer}", where="runtime.expert_buffer", remedy="use 1 or more")
+        if self.scatter_stage < 0:
+            raise UserError(
+                f"{self.scatter_stage} devices", where="runtime.scatter_stage", remedy="use 0, or 2 or more"
+            )
         if self.scan_unroll < 0:
             raise UserError(f"{self.scan_unroll} layers", where="runtime.scan_unroll", remedy="use 1, or 0 for all")
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, token_axes, weight_axis
+from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, gathered, token_axes, weight_axis
 
 Outputs = TypeVar("Outputs")
 LocalFunction = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Outputs]]
@@ -32,6 +32,8 @@ def on_each_shard(
     gate_EDF: jax.Array,
     up_EDF: jax.Array,
     down_EFD: jax.Array,
+    *,
+    stage: int = 0,
 ) -> tuple[jax.Array, Outputs]:
     """Calls `function` with the tokens of each device and the weights of all experts.
 
@@ -44,6 +46,7 @@ def on_each_shard(
       gate_EDF: gate projections of all experts.
       up_EDF: up projections.
       down_EFD: down projections.
+      stage: of scattered gradients, see `mesh_axes.gathered`.
     """
     if mesh is None:
         return function(router_ME, x_MD, gate_EDF, up_EDF, down_EFD)
@@ -51,16 +54,13 @@ def on_each_shard(
         weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
     )
 
-    def gathered(weights: jax.Array, embed_axis: int) -> jax.Array:
-        for axis, dimension in ((expert, 0), (fsdp, embed_axis)):
-            if axis is not None:
-                weights = jax.lax.all_gather(weights, axis, axis=dimension, tiled=True)
-        return weights
+    def whole(weights: jax.Array, embed_axis: int) -> jax.Array:
+        return gathered(gathered(weights, expert, 0, stage), fsdp, embed_axis, stage)
 
     def local(
         router_ME: Any, x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
     ) -> tuple[jax.Array, Outputs]:
-        y_MD, rest = function(router_ME, x_MD, gathered(gate_EDF, 1), gathered(up_EDF, 1), gathered(down_EFD, 2))
+        y_MD, rest = function(router_ME, x_MD, whole(gate_EDF, 1), whole(up_EDF, 1), whole(down_EFD, 2))
         return (y_MD if tensor is None else jax.lax.psum(y_MD, tensor)), rest
 
     tokens = PartitionSpec(token_axes(mesh))
@@ -87,6 +87,8 @@ def tokens_to_experts(
     gate_EDF: jax.Array,
     up_EDF: jax.Array,
     down_EFD: jax.Array,
+    *,
+    stage: int = 0,
 ) -> jax.Array:
     """Expert parallelism: the tokens of an expert group come to each of its devices, and what they add goes back.
 
@@ -101,17 +103,15 @@ def tokens_to_experts(
       gate_EDF: gate projections of all experts.
       up_EDF: up projections.
       down_EFD: down projections.
+      stage: of scattered gradients, see `mesh_axes.gathered`.
     """
     expert, fsdp, tensor = (
         weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
     )
     assert expert is not None
 
-    def gathered(x: jax.Array, axis: str | None, dimension: int) -> jax.Array:
-        return x if axis is None else jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
-
     def local(choice: Choice, x_MD: jax.Array, *weights: jax.Array) -> jax.Array:
-        weights = tuple(gathered(w, fsdp, dimension) for w, dimension in zip(weights, (1, 1, 2), strict=True))
+        weights = tuple(gathered(w, fsdp, dimension, stage) for w, dimension in zip(weights, (1, 1, 2), strict=True))
         weight_MX, index_MX = (gathered(each, expert, 0) for each in choice)
         index_MX = index_MX - jax.lax.axis_index(expert) * weights[0].shape[0]
         y_MD = function(gathered(x_MD, expert, 0), (weight_MX, index_MX), *weights).astype(x_MD.dtype)

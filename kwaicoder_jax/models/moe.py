@@ -169,7 +169,9 @@ class MoE(nn.Module):
             rest: _Rest = (choice, None)
             y_MD = self._by_tokens(mesh, choice[:2], x_MD, weights)
         else:
-            y_MD, rest = on_each_shard(route_and_compute, mesh, router, x_MD, *weights)
+            y_MD, rest = on_each_shard(
+                route_and_compute, mesh, router, x_MD, *weights, stage=self.runtime.scatter_stage
+            )
             choice = rest[0]
         sums = rest[1]
         weight_MX, index_MX, probability_ME = choice
@@ -192,7 +194,7 @@ class MoE(nn.Module):
         def local(x_MD: jax.Array, choice: tuple[jax.Array, jax.Array], *weights: Any) -> jax.Array:
             return grouped_matmul.local_expert_mlp(x_MD, *choice, *weights, rows=rows, backend=self.runtime.experts)
 
-        return tokens_to_experts(local, mesh, choice, x_MD, *weights)
+        return tokens_to_experts(local, mesh, choice, x_MD, *weights, stage=self.runtime.scatter_stage)
 
     def _biases(self) -> list[jax.Array]:
         """Of gate, up and down, in a compact call."""

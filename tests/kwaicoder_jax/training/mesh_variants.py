@@ -16,10 +16,12 @@ MOE = DENSE.replace(experts=models.ExpertsConfig(6, 2, 24))
 MESHES = {
     "dense": [MeshConfig(data=4), MeshConfig(data=2, fsdp=2), MeshConfig(tensor=2)],
     "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
-    "tokens": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
+    "tokens": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, fsdp=4, expert=2)],
 }
 RUNTIMES = {
-    "tokens": models.Runtime(dispatch=models.Dispatch.TOKENS, expert_buffer=1.0, remat=models.Remat.PROJECTIONS)
+    "tokens": models.Runtime(
+        dispatch=models.Dispatch.TOKENS, expert_buffer=1.0, scatter_stage=2, remat=models.Remat.PROJECTIONS
+    )
 }
 
 
