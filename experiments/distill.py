@@ -80,6 +80,7 @@ def job_of(
         lineage=[*meta["lineage"], {"stage": "distill", "identity": context.identity}],
         data_position=data_position(context, meta),
         prepare=guide.prepare,
+        bias_rate=language_model.bias_rate(balance, config, "distill.balance"),
     )
 
 

@@ -9,6 +9,7 @@ import jax
 from experiments.contract import Context
 from experiments.training_stage import Run, runtime_of
 from kwaicoder_jax import models, training
+from kwaicoder_jax.errors import UserError
 
 
 def job(
@@ -40,9 +41,18 @@ def job(
         loss=loss,
         frozen={},
         flops_per_token=functools.partial(models.train_flops_per_token, config),
+        bias_rate=bias_rate(weights, config, f"{context.stage.name}.balance"),
         lineage=[*lineage, {"stage": context.stage.name, "identity": context.identity}],
         **more,
     )
+
+
+def bias_rate(balance: training.BalanceConfig, config: models.ModelConfig, where: str) -> float:
+    """By how much the selection biases move; UserError for a model that has none."""
+    if balance.bias_rate and (config.experts is None or not config.experts.router_bias):
+        remedy = "upcycle with router=sigmoid and router_bias=True, or set it to 0"
+        raise UserError("the model has no selection bias", where=f"{where}.bias_rate", remedy=remedy)
+    return balance.bias_rate
 
 
 def router_loss(balance: training.BalanceConfig) -> Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]]:
@@ -50,7 +60,7 @@ def router_loss(balance: training.BalanceConfig) -> Callable[[Any], tuple[jax.Ar
 
     def loss(router: models.RouterStatistics) -> tuple[jax.Array, dict[str, jax.Array]]:
         metrics = training.router_metrics(router)
-        return balance.load * metrics["load_balance_loss"] + balance.z * metrics["router_z_loss"], metrics
+        return training.balance_loss(metrics, balance), metrics
 
     return loss
 

@@ -202,6 +202,7 @@ class Run:
       multipliers: learning-rate factor by parameter.
       epsilons: factor on Adam's epsilon by parameter.
       prepare: what is done to each batch of the loader, on the host, in its thread.
+      bias_rate: by how much selection biases move in a step.
     """
 
     folder: Any
@@ -217,6 +218,7 @@ class Run:
     multipliers: dict[str, float] | None = None
     epsilons: dict[str, float] | None = None
     prepare: Callable[[data.Batch], data.Batch] | None = None
+    bias_rate: float = 0.0
 
 
 def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str = "") -> dict[str, Any]:
@@ -286,7 +288,7 @@ def program_of(section: dict[str, Any], name: str, run: Run, mesh: Any) -> Progr
     for phase in phases_of(section, name).data if parts > 1 else ():
         training.check_rows(phase.batch_size, mesh, parts)
     return Program(
-        training.make_step(run.loss, optimizer, rate, shardings, training.compiler_options(mesh), parts),
+        training.make_step(run.loss, optimizer, rate, shardings, training.compiler_options(mesh), parts, run.bias_rate),
         jax.jit(make_state, out_shardings=shardings),
         training.abstract_state(jax.eval_shape(make_state, run.abstract), shardings),
     )

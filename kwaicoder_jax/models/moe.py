@@ -27,6 +27,8 @@ class RouterStatistics:
       z: mean squared logsumexp of the logits. Differentiable.
       entropy: mean entropy of the routing probabilities, nats.
       confidence: mean of the largest combine weight.
+      sequence_balance: E/X * sum over experts of load * probability, both of one row, and its mean over rows by their tokens
+        (DeepSeek-V3, 2412.19437, section 2.1.2): 1 if even. Differentiable.
     """
 
     load_E: jax.Array
@@ -34,6 +36,7 @@ class RouterStatistics:
     z: jax.Array
     entropy: jax.Array
     confidence: jax.Array
+    sequence_balance: jax.Array
 
 
 _Router = tuple[jax.Array, jax.Array | None, jax.Array | None]  # logits, what to rank by [M, E]; for statistics mask_M
@@ -97,9 +100,14 @@ def selection(logits_ME: jax.Array, bias_E: jax.Array | None, experts: ExpertsCo
 
 
 def router_statistics(
-    logits_ME: jax.Array, weight_MX: jax.Array, index_MX: jax.Array, probability_ME: jax.Array, mask_M: jax.Array
+    logits_ME: jax.Array,
+    weight_MX: jax.Array,
+    index_MX: jax.Array,
+    probability_ME: jax.Array,
+    mask_M: jax.Array,
+    rows: int = 1,
 ) -> RouterStatistics:
-    """Reduces one layer's routing over the tokens where `mask_M` is true."""
+    """Reduces one layer's routing over the tokens where `mask_M` is true; they form `rows` sequences of one length."""
     weight_M = mask_M.astype(jnp.float32) / jnp.maximum(jnp.sum(mask_M), 1).astype(jnp.float32)
     chosen_ME = jnp.sum(jax.nn.one_hot(index_MX, logits_ME.shape[-1], dtype=jnp.float32), axis=1)
     entropy_M = -jnp.sum(probability_ME * jnp.log(jnp.maximum(probability_ME, 1e-20)), axis=-1)
@@ -109,7 +117,19 @@ def router_statistics(
         z=jnp.sum(weight_M * jnp.square(jax.nn.logsumexp(logits_ME, axis=-1))),
         entropy=jnp.sum(weight_M * entropy_M),
         confidence=jnp.sum(weight_M * jnp.max(weight_MX, axis=-1)),
+        sequence_balance=_sequence_balance(weight_M, chosen_ME, probability_ME, rows) / index_MX.shape[1],
     )
+
+
+def _sequence_balance(weight_M: jax.Array, chosen_ME: jax.Array, probability_ME: jax.Array, rows: int) -> jax.Array:
+    """E * sum over rows and experts of load * probability, where rows count by their share of the tokens."""
+    weight_BT = weight_M.reshape(rows, -1)
+    load_BE, probability_BE = (
+        jnp.einsum("BT,BTE->BE", weight_BT, x_ME.reshape(rows, weight_BT.shape[1], -1))
+        for x_ME in (chosen_ME, probability_ME)
+    )
+    share_B1 = jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1e-20)
+    return chosen_ME.shape[1] * jnp.sum(load_BE * probability_BE / share_B1)
 
 
 class MoE(nn.Module):
@@ -176,7 +196,7 @@ class MoE(nn.Module):
         sums = rest[1]
         weight_MX, index_MX, probability_ME = choice
         y_MD = y_MD[:, : c.model_dim] if e.bias else y_MD
-        statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M)
+        statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M, x_BTD.shape[0])
         if sums is not None:
             output_E, neurons = expert_statistics.reduce(sums, index_MX, mask_BT)
             store(self, "experts", output_E)

@@ -5,8 +5,10 @@ from kwaicoder_jax.training.guard import Diverged, Guard, SpikeConfig
 from kwaicoder_jax.training.loop import Loop, LoopConfig, Preempted
 from kwaicoder_jax.training.losses import (
     BalanceConfig,
+    balance_loss,
     language_model_loss,
     load_balance_loss,
+    move_biases,
     router_metrics,
     run_model,
 )
@@ -59,6 +61,7 @@ __all__ = [
     "abstract_batch",
     "abstract_params",
     "abstract_state",
+    "balance_loss",
     "batch_sharding",
     "check_rows",
     "compiler_options",
@@ -69,6 +72,7 @@ __all__ = [
     "make_optimizer",
     "make_state",
     "make_step",
+    "move_biases",
     "own_rows",
     "param_shardings",
     "partition",

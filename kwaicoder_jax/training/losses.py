@@ -14,10 +14,21 @@ Batch = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class BalanceConfig:
-    """Weights of the auxiliary losses of a mixture."""
+    """What keeps the experts of a mixture evenly used.
+
+    Attributes:
+      load: weight of the load-balance loss over the global batch.
+      z: weight of the router's z-loss.
+      sequence: weight of the load-balance loss within each row.
+      bias_rate: by how much the selection bias of each expert moves after a step, up for one that was used less than the
+        mean and down for one that was used more (DeepSeek-V3, 2412.19437, section 2.1.2, gamma); for models with a
+        router_bias. It needs no loss: set `load` to 0.
+    """
 
     load: float = 0.01
     z: float = 0.001
+    sequence: float = 0.0
+    bias_rate: float = 0.0
 
     def __post_init__(self):
         for name, value in dataclasses.asdict(self).items():
@@ -38,6 +49,7 @@ def router_metrics(router: models.RouterStatistics) -> dict[str, jax.Array]:
     share_LE = router.load_E / jnp.maximum(jnp.sum(router.load_E, axis=-1, keepdims=True), 1e-6)
     return {
         "load_balance_loss": load_balance_loss(router),
+        "sequence_balance_loss": jnp.mean(router.sequence_balance),
         "router_z_loss": jnp.mean(router.z),
         "router_entropy": jnp.mean(router.entropy),
         "router_confidence": jnp.mean(router.confidence),
@@ -77,5 +89,18 @@ def language_model_loss(
     if output.router is None:
         return cross_entropy, metrics
     metrics |= router_metrics(output.router)
-    loss = cross_entropy + balance.load * metrics["load_balance_loss"] + balance.z * metrics["router_z_loss"]
-    return loss, metrics
+    return cross_entropy + balance_loss(metrics, balance), metrics
+
+
+def balance_loss(metrics: dict[str, jax.Array], balance: BalanceConfig) -> jax.Array:
+    """The weighted sum of what `router_metrics` gives."""
+    loss = balance.load * metrics["load_balance_loss"] + balance.z * metrics["router_z_loss"]
+    return loss + balance.sequence * metrics["sequence_balance_loss"] if balance.sequence else loss
+
+
+def move_biases(params: Any, metrics: dict[str, jax.Array], rate: float) -> Any:
+    """The parameters with each expert's selection bias moved by `rate` towards an even load; nothing else changes."""
+    moe = params["layers"]["moe"]
+    share_LE = metrics["expert_load"]
+    moved_LE = moe["router_bias"] + rate * jnp.sign(1.0 / share_LE.shape[-1] - share_LE)
+    return {**params, "layers": {**params["layers"], "moe": {**moe, "router_bias": moved_LE}}}

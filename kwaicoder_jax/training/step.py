@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from kwaicoder_jax import models
 from kwaicoder_jax.training.accumulation import accumulate
-from kwaicoder_jax.training.losses import run_model
+from kwaicoder_jax.training.losses import move_biases, run_model
 from kwaicoder_jax.training.mesh import own_rows, shard_batch
 from kwaicoder_jax.training.state import TrainState
 
@@ -27,11 +27,13 @@ def make_step(
     shardings: TrainState | None = None,
     compiler_options: Mapping[str, str] | None = None,
     microbatches: int = 1,
+    bias_rate: float = 0.0,
 ) -> StepFunction:
     """Forward, backward and update as one jitted function; the old state's buffers are given away.
 
     With `microbatches` the rows of a batch are worked on in so many parts, one after the other, and gradients are added
-    up in float32 (see `accumulate`).
+    up in float32 (see `accumulate`). With `bias_rate` the routers' selection biases follow the load, outside of the optimizer
+    (see `losses.move_biases`).
 
     Where the loss or the gradient is not finite, the state stays as it is, its counts included, and the metric
     "skipped" is 1.
@@ -44,6 +46,8 @@ def make_step(
         (loss, metrics), gradients = gradient_of(state.trainable, batch, frozen)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
+        if bias_rate:
+            trainable = {**trainable, "model": move_biases(trainable["model"], metrics, bias_rate)}
         norm = optax.global_norm(gradients)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         metrics |= {"gradient_norm": norm, "learning_rate": rate(state.step), "skipped": ~finite}

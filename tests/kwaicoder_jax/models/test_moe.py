@@ -192,3 +192,20 @@ def test_permuting_experts_changes_nothing():
     real = batch["segment_ids"] > 0
     np.testing.assert_allclose(np.asarray(a.hidden_BTD)[real], np.asarray(b.hidden_BTD)[real], atol=2e-5)
     np.testing.assert_allclose(np.asarray(a.router.load_E)[:, order], b.router.load_E, atol=1e-6)
+
+
+def test_the_balance_within_rows_is_the_mean_of_each_row_by_its_tokens():
+    rows, time = 5, 8
+    mask = np.random.default_rng(2).random(40) < 0.6
+    mask[:time] = False  # a row of padding
+    weight, index, probability = models.choose_experts(jnp.asarray(LOGITS), experts(Router.TOPK_SOFTMAX))
+    got = router_statistics(jnp.asarray(LOGITS), weight, index, probability, jnp.asarray(mask), rows)
+    expected = 0.0
+    for row in range(1, rows):
+        kept = np.arange(row * time, (row + 1) * time)[mask[row * time : (row + 1) * time]]
+        load = np.bincount(np.asarray(index)[kept].ravel(), minlength=7) / len(kept)
+        expected += len(kept) / mask.sum() * 7 / 3 * np.sum(load * softmax(LOGITS)[kept].mean(0))
+    np.testing.assert_allclose(got.sequence_balance, expected, rtol=1e-5)
+    even = jnp.zeros((40, 7))
+    one_row = router_statistics(even, *models.choose_experts(even, experts(Router.TOPK_SOFTMAX)), jnp.ones(40, bool))
+    np.testing.assert_allclose(one_row.sequence_balance, 1.0, rtol=1e-6)  # whatever is chosen

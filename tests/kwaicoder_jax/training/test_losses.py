@@ -17,7 +17,9 @@ L, E, X = 3, 8, 2
 
 def statistics(load, probability):
     zeros = jnp.zeros(len(load))
-    return RouterStatistics(jnp.asarray(load), jnp.asarray(probability), zeros + 2.0, zeros + 3.0, zeros + 0.5)
+    return RouterStatistics(
+        jnp.asarray(load), jnp.asarray(probability), zeros + 2.0, zeros + 3.0, zeros + 0.5, zeros + 1.5
+    )
 
 
 def random_statistics(seed=0):
@@ -107,3 +109,38 @@ def test_a_batch_without_targets_costs_nothing():
     batch["loss_mask"] = np.zeros_like(batch["loss_mask"])
     loss, metrics = loss_of(testing.random_params(config), config, batch, BALANCE)
     assert (float(loss), float(metrics["tokens"])) == (0.0, 0.0)
+
+
+def test_the_balance_loss_weighs_its_parts():
+    metrics = {"load_balance_loss": 2.0, "router_z_loss": 3.0, "sequence_balance_loss": 5.0}
+    assert training.balance_loss(metrics, BalanceConfig(0.1, 0.01, 0.001)) == pytest.approx(0.2 + 0.03 + 0.005)
+
+
+def test_biases_move_against_the_load_and_nothing_else_does():
+    config = testing.moe_config(models.Router.SIGMOID)
+    config = config.replace(experts=models.ExpertsConfig(7, 3, 24, "sigmoid", router_bias=True))
+    params = testing.random_params(config)
+    load_LE = np.full((config.layers, 7), 1 / 7, np.float32)
+    load_LE[0, :3] = 0.5, 0.0, 1 / 7
+    moved = training.move_biases(params, {"expert_load": jnp.asarray(load_LE)}, 0.01)
+    change = np.asarray(moved["layers"]["moe"]["router_bias"] - params["layers"]["moe"]["router_bias"])
+    np.testing.assert_allclose(change[0, :3], [-0.01, 0.01, 0.0], atol=1e-8)
+    np.testing.assert_allclose(change[1:], 0.0, atol=1e-8)
+    same = jax.tree.map(lambda a, b: a is b, moved, params)
+    assert [name for name, kept in models.flatten(same).items() if not kept] == ["layers/moe/router_bias"]
+
+
+def test_selection_biases_even_out_a_load_without_any_loss():
+    """The router prefers two experts for every token; the bias alone has to undo that."""
+    config = testing.moe_config(models.Router.SIGMOID)
+    config = config.replace(layers=1, experts=models.ExpertsConfig(8, 2, 24, "sigmoid", router_bias=True))
+    params = testing.random_params(config)
+    params["layers"]["moe"]["router_bias"] = jnp.asarray([[1.0, 1.0, 0, 0, 0, 0, 0, 0]], jnp.float32)
+    batch = testing.random_batch(config, 4, 32)
+    load = jax.jit(lambda params: training.router_metrics(testing.run(params, config, batch).router)["expert_load"])
+    first = float(load(params).max())
+    for _ in range(60):
+        params = training.move_biases(params, {"expert_load": load(params)}, 0.02)
+    last = float(load(params).max())
+    assert first > 0.45
+    assert last < 0.2  # even would be 0.125
