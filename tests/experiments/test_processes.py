@@ -201,7 +201,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", STAGE, f"--config={crowd.TOY}", f"--workdir={tmp_path / 'disk'}"]
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", FULL, "sh", str(tmp_path / "disk"), *command],
-        cwd=commands.ROOT, env=commands.environment(2, **more), capture_output=True, text=True, timeout=200,
+        cwd=commands.ROOT, env=crowd.quick(2, **more), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
