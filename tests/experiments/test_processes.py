@@ -115,7 +115,7 @@ def test_two_processes_go_on_for_four_and_one_for_two(whole, tmp_path):
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=1e-5, atol=1e-6, err_msg=name)
     losses = [
-        [line["loss"] for line in commands.records(place) if "loss" in line] for place in (tmp_path / "toy", whole)
+        [line["loss"] for line in commands.records(place) if line.get("loss")] for place in (tmp_path / "toy", whole)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)  # each step saw the same rows
 
