@@ -10,6 +10,7 @@ import errno
 import importlib.util
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -97,6 +98,7 @@ def execute(
     """
     stop, display = Stop(), Display()
     stop.install()
+    threading.excepthook = _thread_failed
     if resumable:
         stop.watch(lambda: _end_stopped(display, stop))
     try:
@@ -114,12 +116,20 @@ def execute(
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        _fail(f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written", stop)
+        text = f"{error.filename or 'the work folder'}: {error.strerror}; choose a place that can be written"
+        print("error: " + " ".join(text.split()), file=sys.stderr)
+        end(2)  # libraries would fail once more as they close their files
     except Exception:
         if stop.leave is None:
             raise
         traceback.print_exc()
         end(LOST)
+
+
+def _thread_failed(failure: Any) -> None:
+    """What a thread of a library (TensorBoard's events) cannot write on a full disk, the main thread tells in one line."""
+    if not (isinstance(failure.exc_value, OSError) and failure.exc_value.errno in DISK_ERRORS):
+        threading.__excepthook__(failure)
 
 
 def _say_stopped(display: Display) -> None:

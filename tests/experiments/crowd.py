@@ -21,6 +21,13 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
+def quick(devices: int, **more: str) -> dict[str, str]:
+    """The environment of a process that compiles fast; other bits than one that compiles well."""
+    found = commands.environment(devices, **more)
+    found["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    return found
+
+
 class Crowd:
     """Processes that were started together; their output goes to files in `logs`."""
 
@@ -29,8 +36,7 @@ class Crowd:
     ):
         port, self.logs = free_port(), pathlib.Path(f"{workdir}.logs")
         self.logs.mkdir(exist_ok=True)
-        environment = commands.environment(devices, **more)
-        environment["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+        environment = quick(devices, **more)
         together = [f"--coordinator=127.0.0.1:{port}", f"--num_processes={count}"] if count > 1 else []
         self.processes = []
         for number in range(count):

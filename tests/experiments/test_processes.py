@@ -42,25 +42,35 @@ def test_one_process_writes_what_there_is_one_of(whole):
     assert checkpoints.read_meta(whole)["guard"]["skipped"] == 1
 
 
-def kill_often(workdir, count, times, rng, *, devices=1, longest=7.0, **options):
-    """Kills one or all of the processes at random moments after their start; how often that hit them at work."""
+def kill_often(
+    workdir, count, times, rng, whole=None, *, longest=7.0, shortest=1.0, stage="toy", arguments=(), **options
+):
+    """Kills one or all of the processes at random moments; how often that hit all of them at work.
+
+    A run that ends in between is compared with `whole`, and begun anew.
+    """
     hits = 0
+    options = {"module": STAGE, **options}
     for number in range(times):
-        started = Crowd(options.get("module", STAGE), workdir, count, *QUICK, *options.get("arguments", ()), devices=devices,
-                        **options.get("more", {}))  # fmt: skip
-        time.sleep(rng.uniform(options.get("shortest", 1.0), longest))
+        started = Crowd(options["module"], workdir, count, *QUICK, *arguments, **options.get("more", {}))
+        time.sleep(rng.uniform(shortest, longest))
         victims = range(count) if number % 2 else [rng.randrange(count)]
-        hits += all(process.poll() is None for process in started.processes)
+        finished = workdir / stage / "summary.json"
+        at_work = all(process.poll() is None for process in started.processes) and not finished.exists()
         started.kill(*victims)
         statuses = started.statuses(120)  # the others do not hang
-        if any(status == -signal.SIGKILL for status in statuses):
+        if not finished.exists():
+            hits += at_work
             assert all(status != 0 for status in statuses), (statuses, started.output())
+        elif whole is not None:
+            assert_same_bits(workdir / stage, whole)
+            shutil.rmtree(workdir / stage)
     return hits
 
 
 def test_killed_at_random_moments_they_end_in_the_same_bits(whole, tmp_path):
     rng = random.Random(int(time.time()) % 1000)
-    kill_often(tmp_path, 2, 5, rng)
+    kill_often(tmp_path, 2, 5, rng, whole)
     run(tmp_path, 2)
     assert_same_bits(tmp_path / "toy", whole)
 
@@ -69,7 +79,10 @@ def test_killed_at_random_moments_they_end_in_the_same_bits(whole, tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_many_times_four_processes_end_in_the_same_bits(tmp_path, seed):
     run(tmp_path / "whole", 4)
-    assert kill_often(tmp_path / "work", 4, 12, random.Random(seed), shortest=4.0, longest=20.0) >= 8
+    more = {"TOY_SLOW": "0.2"}
+    whole = tmp_path / "whole" / "toy"
+    hits = kill_often(tmp_path / "work", 4, 14, random.Random(seed), whole, shortest=3.0, longest=20.0, more=more)
+    assert hits >= 10
     run(tmp_path / "work", 4)
     assert_same_bits(tmp_path / "work" / "toy", tmp_path / "whole" / "toy")
 
@@ -102,7 +115,7 @@ def test_two_processes_go_on_for_four_and_one_for_two(whole, tmp_path):
     for name in first:
         np.testing.assert_allclose(first[name], second[name], rtol=1e-5, atol=1e-6, err_msg=name)
     losses = [
-        [line["loss"] for line in commands.records(place) if "loss" in line] for place in (tmp_path / "toy", whole)
+        [line["loss"] for line in commands.records(place) if line.get("loss")] for place in (tmp_path / "toy", whole)
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)  # each step saw the same rows
 
@@ -126,7 +139,7 @@ def test_the_mixture_by_four_processes_is_killed_and_goes_on_with_two(finished, 
     arguments = ["--config.mesh.fsdp=2", "--config.mesh.expert=2", "--config.cpt.steps=20"]
     options = {"module": "experiments.cpt", "config": commands.TINY}
     run(tmp_path / "whole", 4, *arguments, **options)
-    kill_often(tmp_path / "work", 4, 3, random.Random(1), shortest=15.0, longest=60.0, module="experiments.cpt",
+    kill_often(tmp_path / "work", 4, 3, random.Random(1), shortest=15.0, longest=60.0, stage="cpt", module="experiments.cpt",
                arguments=arguments, more={"config": commands.TINY})  # fmt: skip
     shutil.copytree(tmp_path / "work", tmp_path / "other")
     run(tmp_path / "work", 4, *arguments, **options)
@@ -188,7 +201,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", STAGE, f"--config={crowd.TOY}", f"--workdir={tmp_path / 'disk'}"]
     done = subprocess.run(
         ["unshare", "--mount", "sh", "-c", FULL, "sh", str(tmp_path / "disk"), *command],
-        cwd=commands.ROOT, env=commands.environment(2, **more), capture_output=True, text=True, timeout=200,
+        cwd=commands.ROOT, env=crowd.quick(2, **more), capture_output=True, text=True, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -197,5 +210,5 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path):
     assert "Traceback" not in done.stderr
     status, folders = done.stdout.split(",")[:2]
     assert status.strip() == "status 2"
-    assert "10" in folders.split() or "15" in folders.split()
+    assert any(folder.isdigit() for folder in folders.split())
     assert_same_bits(tmp_path / "kept", tmp_path / "whole" / "toy")
