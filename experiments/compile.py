@@ -18,6 +18,7 @@ from experiments import command, compile_kernels, compile_search, compile_steps
 from experiments.contract import Context, Stage
 from experiments.display import Display
 from experiments.stopping import Stop
+from experiments.training_stage import runtime_of
 from kernels.grouped_matmul.local_experts import OVERFLOW
 from kwaicoder_jax import files, hardware
 from kwaicoder_jax.errors import UserError
@@ -70,9 +71,9 @@ def compile_step(
     seconds = time.monotonic() - began
     if text is not None:
         files.write_text(files.path(text), compiled.as_text())
-    report = roofline.analyze(
-        compiled, machine, made.mesh, made.model_flops / made.mesh.size, compile_kernels.kernel_work, rare=(OVERFLOW,)
-    )
+    known = compile_kernels.kernel_work(runtime_of(context, made.mesh))
+    flops = made.model_flops / made.mesh.size
+    report = roofline.analyze(compiled, machine, made.mesh, flops, known, rare=(OVERFLOW,))
     return summary_of(report) | {"compile_seconds": round(seconds, 1), "chips": made.mesh.size}, report
 
 

@@ -4,25 +4,46 @@ import math
 from collections.abc import Sequence
 
 from kernels.grouped_matmul import megablox
+from kwaicoder_jax import models
 from kwaicoder_jax.hardware import hlo, work
 from kwaicoder_jax.models import splash_attention
 
 
-def kernel_work(kernel: work.Kernel) -> tuple[float, float] | None:
+def kernel_work(runtime: models.Runtime) -> work.KernelWork:
     """FLOPs and bytes of HBM, tiles that are computed in part or twice included; None for a kernel unknown here."""
-    if kernel.name.startswith("splash_"):
-        query = next(array for array in kernel.operands if _is_float(array) and len(array.shape) >= 3)
-        batch, (heads, time, width) = math.prod(query.shape[:-3]), query.shape[-3:]
-        backward = "_dkv" in kernel.name
-        return splash_attention.work(batch, heads, time, width, _itemsize(query), backward=backward)
-    if kernel.name == "gmm":
-        (left,), (right,), (out,) = _of_rank(kernel.operands, 2), _of_rank(kernel.operands, 3), kernel.results
-        return megablox.product_work(left.shape[0], right.shape[0], left.shape[1], out.shape[1], _itemsize(left))
-    if kernel.name == "tgmm":
-        groups, depth, width = kernel.results[0].shape
-        count = math.prod(_of_rank(kernel.operands, 2)[0].shape) // depth  # its transpose may have been turned around
-        return megablox.outer_work(count, groups, depth, width, _itemsize(kernel.results[0]))
-    return kernel.estimate
+
+    def of(kernel: work.Kernel) -> tuple[float, float] | None:
+        if kernel.name.startswith("splash_"):
+            return _attention(kernel)
+        if kernel.name not in ("gmm", "tgmm"):
+            return kernel.estimate
+        # Rows of a buffer that even routing does not fill are not worked on.
+        filled = 1 / runtime.expert_buffer if f"/{BY_TOKENS}/" in kernel.source else 1.0
+        return _product(kernel, filled) if kernel.name == "gmm" else _outer(kernel, filled)
+
+    return of
+
+
+BY_TOKENS = "moe._by_tokens"  # scope of `MoE._by_tokens`
+
+
+def _attention(kernel: work.Kernel) -> tuple[float, float]:
+    query = next(array for array in kernel.operands if _is_float(array) and len(array.shape) >= 3)
+    batch, (heads, time, width) = math.prod(query.shape[:-3]), query.shape[-3:]
+    backward = "_dkv" in kernel.name
+    return splash_attention.work(batch, heads, time, width, _itemsize(query), backward=backward)
+
+
+def _product(kernel: work.Kernel, filled: float) -> tuple[float, float]:
+    (left,), (right,), (out,) = _of_rank(kernel.operands, 2), _of_rank(kernel.operands, 3), kernel.results
+    rows, depth = round(filled * left.shape[0]), left.shape[1]
+    return megablox.product_work(rows, right.shape[0], depth, out.shape[1], _itemsize(left))
+
+
+def _outer(kernel: work.Kernel, filled: float) -> tuple[float, float]:
+    groups, depth, width = kernel.results[0].shape
+    rows = math.prod(_of_rank(kernel.operands, 2)[0].shape) // depth  # its transpose may have been turned around
+    return megablox.outer_work(round(filled * rows), groups, depth, width, _itemsize(kernel.results[0]))
 
 
 def _of_rank(arrays: Sequence[hlo.Array], rank: int) -> list[hlo.Array]:

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 BYTES: Mapping[str, float] = {
     "pred": 1, "s2": 0.25, "u2": 0.25, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
@@ -129,13 +129,15 @@ class Module:
                 for callee in called(instruction):
                     yield from self._walk(callee, times)
 
-    def unknown_loops(self) -> list[str]:
-        """Names of loops whose trip count cannot be read."""
+    def unknown_loops(self, rare: Sequence[str] = ()) -> list[str]:
+        """Names of loops whose trip count cannot be read, but for those in the scopes `rare` of the traced function."""
         return [
             instruction.name
             for computation in self.computations.values()
             for instruction in computation.values()
-            if instruction.op == "while" and self.trip_count(computation, instruction) is None
+            if instruction.op == "while"
+            and self.trip_count(computation, instruction) is None
+            and not any(f"/{scope}/" in instruction.source for scope in rare)
         ]
 
     def trip_count(self, computation: Computation, loop: Instruction) -> int | None:

@@ -29,12 +29,14 @@ class Kernel:
       operands: what it reads.
       results: what it writes.
       estimate: its author's FLOPs and bytes, if there is an estimate.
+      source: where it is called in the traced function.
     """
 
     name: str
     operands: Sequence[Array]
     results: Sequence[Array]
     estimate: tuple[float, float] | None
+    source: str = ""
 
 
 # FLOPs and bytes of HBM that a kernel executes, or None for one that is not known.
@@ -72,12 +74,15 @@ def measure(module: Module, kernel_work: KernelWork = estimated, *, rare: Sequen
       module: the program.
       kernel_work: what hand-written kernels execute.
       rare: scopes of the traced function that are not counted: work for cases that hardly come up.
+
+    Returns:
+      The work; of loops whose trip count is unknown, those outside of `rare` are named in it.
     """
     flops: dict[str, float] = collections.defaultdict(float)
     unknown: collections.Counter[str] = collections.Counter()
     moved = 0.0
     for computation, instruction, times in module.walk():
-        if rare and any(f"/{scope}/" in instruction.source for scope in rare):
+        if any(f"/{scope}/" in instruction.source for scope in rare):
             continue
         moved += times * _hbm_bytes(module, computation, instruction, kernel_work)
         for kind, value in _flops(module, computation, instruction, kernel_work).items():
@@ -85,7 +90,7 @@ def measure(module: Module, kernel_work: KernelWork = estimated, *, rare: Sequen
                 unknown[kind] += times
             else:
                 flops[kind] += times * value
-    return Work(sum(flops.values()), dict(flops), moved, dict(unknown), module.unknown_loops())
+    return Work(sum(flops.values()), dict(flops), moved, dict(unknown), module.unknown_loops(rare))
 
 
 def computes(module: Module, computation: Computation, instruction: Instruction) -> bool:
@@ -125,7 +130,8 @@ def _kernel(computation: Computation, instruction: Instruction) -> Kernel:
     moved = instruction.attribute(r'bytes_accessed"?:"?(\d+)')
     read = [array for type_ in computation.operand_types(instruction) for array in arrays(type_)]
     name = re.sub(r"[.\d]+$", "", instruction.name)
-    return Kernel(name, read, arrays(instruction.type), None if flops is None else (float(flops), float(moved or 0)))
+    estimate = None if flops is None else (float(flops), float(moved or 0))
+    return Kernel(name, read, arrays(instruction.type), estimate, instruction.source)
 
 
 def _dot_flops(instruction: Instruction, operands: Sequence[str]) -> float:

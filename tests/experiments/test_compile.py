@@ -73,7 +73,7 @@ def test_a_tiny_step_for_tpu(tmp_path):
     kinds = {each["kind"] for each in summary["collectives"]}
     assert "all-gather" in kinds
     module = hlo.parse((tmp_path / "step.hlo").read_text())
-    found = work.measure(module, compile_kernels.kernel_work)
+    found = work.measure(module, compile_kernels.kernel_work(models.Runtime()))
     assert {"gmm", "tgmm"} <= set(found.by_kind)
     assert any(name.startswith("splash") for name in found.by_kind)
     assert not found.unknown_loops
