@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kwaicoder_jax.distillation import support
 from kwaicoder_jax.distillation.divergences import LogitsLoss, divergence
 from kwaicoder_jax.distillation.support import TopK
+from kwaicoder_jax.models import vocabulary_sharding
 
 SLICE_TOKENS = 1024  # tokens per slice and device: large enough to fill a matmul, small enough to stay in cache or VMEM
 
@@ -99,7 +100,7 @@ def _fused(settings, student_BTD, student_VD, teacher, mask_BT):
 
 def _forward(settings, student_BTD, student_VD, teacher, mask_BT):
     total, d_student_BTD, d_student_VD = _scan(settings, True, student_BTD, student_VD, teacher, mask_BT)
-    return total, (d_student_BTD, d_student_VD)
+    return total, (d_student_BTD, d_student_VD.astype(student_VD.dtype))
 
 
 def _backward(settings, saved, gradient):
@@ -113,6 +114,32 @@ _fused.defvjp(_forward, _backward)
 
 
 def _scan(settings, with_gradient, student_BTD, student_VD, teacher, mask_BT):
+    """The loss, and its gradients; on a mesh by each device for its own rows, with the projections gathered once."""
+    if not vocabulary_sharding.can_split(student_BTD, vocabulary=False):
+        return _on_one_device(settings, with_gradient, student_BTD, student_VD, teacher, mask_BT)
+    is_stored = isinstance(teacher, TopK)
+    arrays, form = jax.tree.flatten(teacher if is_stored else teacher[0])
+    weights = [] if is_stored else [teacher[1].astype(teacher[0].dtype)]
+    local_settings = dataclasses.replace(settings, shards=1)
+
+    def local(tokens, projections, _):
+        own_BTD, own_mask_BT, *rest = tokens
+        guide = form.unflatten(rest) if is_stored else (form.unflatten(rest), projections[1])
+        total, d_BTD, d_VD = _on_one_device(local_settings, with_gradient, own_BTD, projections[0], guide, own_mask_BT)
+        # The sum of this device's rows, spread over them: what leaves has a row for each.
+        rows = own_BTD.shape[0]
+        return (jnp.full((rows,), total / rows), d_BTD), [d_VD] if with_gradient else []
+
+    (total_B, d_BTD), sums = vocabulary_sharding.on_each_device(
+        local,
+        [student_BTD, mask_BT, *arrays],
+        [student_VD.astype(student_BTD.dtype), *weights],
+        sums=int(with_gradient),
+    )
+    return jnp.sum(total_B), d_BTD, sums[0].astype(student_VD.dtype) if with_gradient else None
+
+
+def _on_one_device(settings, with_gradient, student_BTD, student_VD, teacher, mask_BT):
     student_weights_VD = student_VD.astype(student_BTD.dtype)
     guide, guide_of = _guide(settings, teacher)
 
@@ -130,7 +157,7 @@ def _scan(settings, with_gradient, student_BTD, student_VD, teacher, mask_BT):
     (total, d_VD), d_hidden = jax.lax.scan(body, start, parts)
     if not with_gradient:
         return total, None, None
-    return total, joined(d_hidden, student_BTD.shape[1]), d_VD.astype(student_VD.dtype)
+    return total, joined(d_hidden, student_BTD.shape[1]), d_VD
 
 
 def _guide(settings: LogitsSettings, teacher: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -57,7 +57,7 @@ def _chunked(
     """-log p of each target, [B, T]; with `gradients` also those of the masked sum by hidden and projection."""
     local = functools.partial(_on_one_device, gradients=gradients)
     tokens, projections = (hidden_BTD, targets_BT, mask_BT), (projection_VD.astype(hidden_BTD.dtype),)
-    (loss_BT, dhidden_BTD), sums = on_each_device(local, tokens, projections, sums=gradients)
+    (loss_BT, dhidden_BTD), sums = on_each_device(local, tokens, projections, sums=int(gradients))
     return loss_BT, (dhidden_BTD, *sums)
 
 

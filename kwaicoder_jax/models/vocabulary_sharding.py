@@ -16,7 +16,7 @@ LocalLoss = Callable[[Sequence[jax.Array], Sequence[jax.Array], str | None], tup
 
 
 def on_each_device(
-    function: LocalLoss, tokens: Sequence[jax.Array], projections: Sequence[jax.Array], *, sums: bool
+    function: LocalLoss, tokens: Sequence[jax.Array], projections: Sequence[jax.Array], *, sums: int
 ) -> tuple[Any, Sequence[jax.Array]]:
     """Calls `function` with each device's tokens and the whole width of its part of the vocabulary.
 
@@ -24,7 +24,7 @@ def on_each_device(
       function: see LocalLoss. Where it is told an axis, rows of V on other devices are missing from its sums.
       tokens: arrays [B, ...] that are split over the batch.
       projections: matrices [V, D] in the dtype of the computation.
-      sums: whether `function` returns one for each projection; an empty list otherwise.
+      sums: for how many of the projections, the first ones, `function` returns a sum.
 
     Returns:
       What `function` returns: token arrays as the batch is split, and the sums (over all tokens) as the projections are.
@@ -45,10 +45,16 @@ def on_each_device(
 
     specs = [PartitionSpec(vocab, axis) for axis in embeds]
     # check_vma would want the zeros that start the sums to be marked as varying over the mesh.
-    out_specs = (rows, specs if sums else [])
+    out_specs = (rows, specs[:sums])
     return jax.shard_map(
         local, mesh=mesh, in_specs=([rows for _ in tokens], specs), out_specs=out_specs, check_vma=False
     )(list(tokens), list(projections))
+
+
+def can_split(x_BTD: jax.Array, *, vocabulary: bool) -> bool:
+    """Whether `on_each_device` would split anything; without `vocabulary`, only where the vocabulary stays whole."""
+    mesh = token_mesh(x_BTD, x_BTD.shape[0])
+    return mesh is not None and (vocabulary or mesh.shape.get(TENSOR_AXIS, 1) == 1)
 
 
 def _axes(mesh: AbstractMesh, projections: Sequence[jax.Array]) -> list[str | None]:
