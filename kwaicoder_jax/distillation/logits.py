@@ -124,7 +124,8 @@ def _scan(settings, with_gradient, student_BTD, student_VD, teacher, mask_BT):
 
     def local(tokens, projections, _):
         own_BTD, own_mask_BT, *rest = tokens
-        guide = form.unflatten(rest) if is_stored else (form.unflatten(rest), projections[1])
+        own = jax.tree.unflatten(form, rest)
+        guide = own if is_stored else (own, projections[1])
         total, d_BTD, d_VD = _on_one_device(local_settings, with_gradient, own_BTD, projections[0], guide, own_mask_BT)
         # The sum of this device's rows, spread over them: what leaves has a row for each.
         rows = own_BTD.shape[0]
