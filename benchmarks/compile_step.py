@@ -2,11 +2,12 @@
 
 python -m benchmarks.compile_step [--rows=mixtral_v5p_1,qwen3_v5p_2] [--json=FILE]
 
-Sequence 4096, full remat, bfloat16 arithmetic, float32 weights and moments. The first line of a row is on MaxText's own mesh (fsdp over
-all chips), the second on the best mesh found (expert parallelism by tokens). MaxText's figures: e591f30, its own train_compile, the
-same jax and libtpu; its default flags and dropless megablox. All are static, read off compiled programs.
+Sequence 4096, full remat, bfloat16 arithmetic, float32 weights and moments. The first line of a row is on MaxText's own mesh
+(fsdp over all chips), the second on another one (expert parallelism by tokens). MaxText's figures: e591f30, its own
+train_compile, the same jax and libtpu, default flags, dropless megablox. All are static, read off compiled programs.
 
-FLOPs are counted twice: "useful" as MaxText's are (a kernel's own estimate, which leaves out tiles that straddle experts), and executed.
+FLOPs are counted twice: "useful" as MaxText's are (a kernel's own estimate, which leaves out tiles that straddle experts), and
+as they are executed.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import json
 import os
 import time
 from typing import Any
+
+import jax
 
 from experiments.compile_kernels import kernel_work
 from kernels.grouped_matmul.local_experts import OVERFLOW
@@ -86,8 +89,6 @@ def compiled(row: Row, experts: int) -> dict[str, Any]:
     optimizer = training.make_optimizer(training.OptimizerConfig(), rate, row.model)
     trainable = {"model": training.abstract_params(row.model, mesh)}
     shardings = training.state_shardings(trainable, optimizer, row.model, mesh)
-    import jax
-
     state = jax.eval_shape(lambda tree: training.make_state(tree, optimizer), trainable)
     step: Any = training.make_step(loss, optimizer, rate, shardings, training.compiler_options(mesh))
     batch = training.abstract_batch((row.batch * chips, LENGTH), training.batch_sharding(mesh))
@@ -123,9 +124,11 @@ def main() -> None:
     for name, value in hardware.TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     found = []
-    print(
-        "| row | mesh | memory, GB (MaxText) | wire, GB (MaxText) | ratio | hidden | FLOPs useful / executed (MaxText) | MFU at most |"
-    )
+    columns = (
+        "row", "mesh", "memory, GB (MaxText)", "wire, GB (MaxText)", "ratio", "hidden",
+        "FLOPs useful / executed (MaxText)", "MFU at most",
+    )  # fmt: skip
+    print("| " + " | ".join(columns) + " |")
     print("|---|---|---|---|---|---|---|---|")
     for name in arguments.rows.split(","):
         row = ROWS[name]
@@ -134,8 +137,8 @@ def main() -> None:
             found.append({"row": name, **got})
             print(
                 f"| {name} | {got['mesh']} | {got['gigabytes']:.1f} ({row.gigabytes:.1f}) | {got['wire_gigabytes']:.1f}"
-                f" ({row.wire:.1f}) | {got['wire_gigabytes'] / row.wire:.2f} | {got['hidden']:.0%} | {got['useful_ratio']:.3f} /"
-                f" {got['executed_ratio']:.3f} ({row.flops_ratio:.3f}) | {got['mfu_bound']:.0%} |",
+                f" ({row.wire:.1f}) | {got['wire_gigabytes'] / row.wire:.2f} | {got['hidden']:.0%} |"
+                f" {got['useful_ratio']:.3f} / {got['executed_ratio']:.3f} ({row.flops_ratio:.3f}) | {got['mfu_bound']:.0%} |",
                 flush=True,
             )
             if arguments.json:  # a row at a time: a compilation takes minutes
