@@ -6,8 +6,8 @@ Sequence 4096, full remat, bfloat16 arithmetic, float32 weights and moments. The
 (fsdp over all chips), the second on another one (expert parallelism by tokens). MaxText's figures: e591f30, its own
 train_compile, the same jax and libtpu, default flags, dropless megablox. All are static, read off compiled programs.
 
-FLOPs are counted twice: "useful" as MaxText's are (a kernel's own estimate, which leaves out tiles that straddle experts), and
-as they are executed.
+FLOPs are counted twice: "useful" as MaxText's are (a kernel's own estimate, which leaves out tiles that straddle experts),
+and as they are executed.
 """
 
 import argparse
@@ -138,7 +138,8 @@ def main() -> None:
             print(
                 f"| {name} | {got['mesh']} | {got['gigabytes']:.1f} ({row.gigabytes:.1f}) | {got['wire_gigabytes']:.1f}"
                 f" ({row.wire:.1f}) | {got['wire_gigabytes'] / row.wire:.2f} | {got['hidden']:.0%} |"
-                f" {got['useful_ratio']:.3f} / {got['executed_ratio']:.3f} ({row.flops_ratio:.3f}) | {got['mfu_bound']:.0%} |",
+                f" {got['useful_ratio']:.3f} / {got['executed_ratio']:.3f} ({row.flops_ratio:.3f}) |"
+                f" {got['mfu_bound']:.0%} |",
                 flush=True,
             )
             if arguments.json:  # a row at a time: a compilation takes minutes
