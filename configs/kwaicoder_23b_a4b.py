@@ -42,11 +42,8 @@ STUDENTS = {
 MACHINES: dict[str, dict[str, Any]] = {
     "v5p-64": {"rows": 256, "remat": "projections"},
     "v5p-512": {"rows": 1024, "remat": "projections"},
-    "v5e-256": {
-        "rows": 256,
-        "remat": "full",
-        "stage": 16,
-    },  # a pod of 16 x 16: gradients are scattered along one side first
+    # 16 x 16 chips with little memory: tokens go to groups of 4 chips, and gradients are scattered along one side first.
+    "v5e-256": {"rows": 256, "remat": "full", "stage": 16, "expert": 4, "dispatch": "tokens"},
     "h100-64": {"rows": 128, "remat": "full"},
 }
 CPT_TOKENS = 3_000_000_000_000  # published
@@ -117,10 +114,10 @@ def get_config(argument: str = "") -> ConfigDict:
         "evaluate",
         "report",
     )
-    config.mesh = {"data": 1, "fsdp": -1, "expert": 1, "tensor": 1, "context": 1}
+    config.mesh = {"data": 1, "fsdp": -1, "expert": machine.get("expert", 1), "tensor": 1, "context": 1}
     config.runtime = {"remat": machine["remat"], "scan_unroll": 1, "attention": "auto", "experts": "auto"}
     config.runtime.scatter_stage = machine.get("stage", 0)
-    config.runtime.dispatch = "weights"
+    config.runtime.dispatch = machine.get("dispatch", "weights")
     config.runtime.expert_buffer = 1.5
     config.loader = {"streams": 1024}  # a multiple of any number of hosts that may read them
     config.validation = {"batch_size": rows, "sequence_length": 4096, "max_tokens_per_source": 2_000_000}
