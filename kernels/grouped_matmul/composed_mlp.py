@@ -34,21 +34,47 @@ def backward(
     dy_MD: jax.Array,
 ) -> Gradients:
     """Gradients of all arguments."""
-    x_MD, weight_MX, gate_EDF, up_EDF, down_EFD = arguments
-    sizes_E, dtype = routing.group_sizes_E, x_MD.dtype
-    x_RD, dy_RD = take_rows(x_MD, routing.token_R), take_rows(dy_MD, routing.token_R)
-    weight_R1 = take_rows(weight_MX.reshape(-1, 1), routing.slot_R)
+    x_RD, dy_RD = take_rows(arguments.x_MD, routing.token_R), take_rows(dy_MD, routing.token_R)
+    weight_R1 = take_rows(arguments.weight_MX.reshape(-1, 1), routing.slot_R)
+    rows = row_gradients(backend, activation, arguments, routing.group_sizes_E, saved, x_RD, dy_RD, weight_R1)
+    return rows._replace(
+        x_MD=weighted_sum(rows.x_MD, routing.row_MX).astype(arguments.x_MD.dtype),
+        weight_MX=take_rows(rows.weight_MX, routing.row_MX),
+    )
 
+
+def row_gradients(
+    backend: Backend,
+    activation: Activation,
+    arguments: Arguments,
+    sizes_E: jax.Array,
+    saved: Saved,
+    x_RD: jax.Array,
+    dy_RD: jax.Array,
+    weight_R1: jax.Array,
+) -> Gradients:
+    """Gradients from rows in expert order; those of x [R, D] and of the combine weights [R] are of rows, too.
+
+    Args:
+      backend: of the grouped products.
+      activation: of the gate.
+      arguments: the matrices count.
+      sizes_E: rows of each expert.
+      saved: what the forward pass kept of these rows.
+      x_RD: their inputs.
+      dy_RD: gradients of their tokens' outputs, in the dtype of the inputs.
+      weight_R1: their combine weights.
+    """
+    _, _, gate_EDF, up_EDF, down_EFD = arguments
+    dtype = x_RD.dtype
     h_RF, pull = jax.vjp(functools.partial(gated, activation), saved.gate_RF, saved.up_RF)
     dh_RF = product(backend, dy_RD, down_EFD, sizes_E, transpose_rhs=True).astype(jnp.float32)
-    dweight_R = jnp.sum(dh_RF * h_RF, axis=-1)
     dgate_RF, dup_RF = pull(dh_RF * weight_R1)
     dx_RD = product(backend, dgate_RF, gate_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
     dx_RD = dx_RD + product(backend, dup_RF, up_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
-    dx_RD = dx_RD.astype(dtype)  # rows that are written: half the memory
     return Gradients(
-        x_MD=weighted_sum(dx_RD, routing.row_MX).astype(dtype),
-        weight_MX=take_rows(dweight_R, routing.row_MX),
+        x_MD=dx_RD.astype(dtype),  # rows that are written: half the memory
+        weight_MX=jnp.sum(dh_RF * h_RF, axis=-1),
         gate_EDF=outer(backend, x_RD, dgate_RF, sizes_E),
         up_EDF=outer(backend, x_RD, dup_RF, sizes_E),
         down_EFD=outer(backend, (h_RF * weight_R1).astype(dtype), dy_RD, sizes_E),

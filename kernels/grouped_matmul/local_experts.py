@@ -13,7 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul.api import Backend, outer, product
+from kernels.grouped_matmul.api import Backend, product
+from kernels.grouped_matmul.composed_mlp import row_gradients
 from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved, gated, named
 from kernels.routing import Routing, sort_by_expert
 from kernels.routing.api import take_rows
@@ -154,23 +155,10 @@ def _gradients(
     dy_MD: jax.Array,
 ) -> Gradients:  # fmt: skip
     """Of the rows of one pass."""
-    x_MD, weight_MX, gate_EDF, up_EDF, down_EFD = arguments
-    sizes_E, dtype, count = here.sizes_E, x_MD.dtype, x_CD.shape[0]
-    dy_CD = take_rows(dy_MD, here.token_C).astype(dtype)
-    weight_C1 = take_rows(weight_MX.reshape(-1, 1), here.slot_C)
-    h_CF, pull = jax.vjp(functools.partial(gated, activation), saved.gate_RF, saved.up_RF)
-    dh_CF = product(backend, dy_CD, down_EFD, sizes_E, transpose_rhs=True).astype(jnp.float32)
-    dweight_C = jnp.sum(dh_CF * h_CF, axis=-1)
-    dgate_CF, dup_CF = pull(dh_CF * weight_C1)
-    dx_CD = product(backend, dgate_CF, gate_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
-    dx_CD = dx_CD + product(backend, dup_CF, up_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
-    dx_CD = dx_CD.astype(dtype)  # rows that are written: half the memory
+    count = x_CD.shape[0]
+    dy_CD = take_rows(dy_MD, here.token_C).astype(x_CD.dtype)
+    weight_C1 = take_rows(arguments.weight_MX.reshape(-1, 1), here.slot_C)
+    rows = row_gradients(backend, activation, arguments, here.sizes_E, saved, x_CD, dy_CD, weight_C1)
     inside_MX = (here.row_MX >= 0) & (here.row_MX < count)
-    dweight_MX = jnp.where(inside_MX, take_rows(dweight_C, jnp.clip(here.row_MX, 0, count - 1)), 0.0)
-    return Gradients(
-        x_MD=_summed(dx_CD, here),
-        weight_MX=dweight_MX,
-        gate_EDF=outer(backend, x_CD, dgate_CF, sizes_E),
-        up_EDF=outer(backend, x_CD, dup_CF, sizes_E),
-        down_EFD=outer(backend, (h_CF * weight_C1).astype(dtype), dy_CD, sizes_E),
-    )
+    dweight_MX = jnp.where(inside_MX, take_rows(rows.weight_MX, jnp.clip(here.row_MX, 0, count - 1)), 0.0)
+    return rows._replace(x_MD=_summed(rows.x_MD, here), weight_MX=dweight_MX)
