@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 
 FILE_BYTES = 64 * 2**20  # chunks are held back until there are this many of them
 ENCODED_BYTES = 64 * 2**20  # arrays being encoded at a time; one that is larger is encoded alone
+_SPARE = 1024
 
 Tree = Any
 
@@ -24,7 +25,8 @@ class Handler(ocp.StandardCheckpointHandler):
 
     def __init__(self, largest: int = 0):
         """`largest`: bytes of the largest piece of an array on one device."""
-        super().__init__(save_concurrent_gb=max(ENCODED_BYTES, largest) / 1e9)  # type: ignore[arg-type]
+        room = max(ENCODED_BYTES, largest) + _SPARE  # Orbax wants more room than the largest piece takes
+        super().__init__(save_concurrent_gb=room / 1e9)  # type: ignore[arg-type]
 
     @classmethod
     def typestr(cls) -> str:

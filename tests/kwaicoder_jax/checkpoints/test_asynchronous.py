@@ -94,3 +94,15 @@ def test_restores_in_another_dtype(tmp_path, dtype):
         got = store.restore(1, "params", checkpoints.on_device({"a": jax.ShapeDtypeStruct((1000,), dtype)}))["a"]
     assert got.dtype == dtype
     np.testing.assert_array_equal(np.asarray(got), values.astype(dtype))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_array_larger_than_what_is_encoded_at_a_time(tmp_path, monkeypatch, asynchronous):
+    monkeypatch.setattr(writing, "ENCODED_BYTES", 1000)
+    tree = {"large": jnp.arange(10_000, dtype=jnp.float32), "small": jnp.ones((3,)), "other": jnp.zeros((10_000,))}
+    store = checkpoints.CheckpointStore(tmp_path, asynchronous=asynchronous)
+    store.save(1, tree, {"model": {}, "lineage": [], "identity": "x"}, {"moments": tree})
+    store.wait()
+    got = store.restore(1, "params", jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree))
+    np.testing.assert_array_equal(got["large"], tree["large"])
+    store.close()
