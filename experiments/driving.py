@@ -48,16 +48,11 @@ def drive(context: Context, loop: training.Loop, label: str = "") -> training.Tr
             loop.store.close()
 
 
-# Parts of JAX's device kinds, the longer ones first.
-_KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "v5p": "v5p", "v5": "v5p", "h100": "h100"}
-
-
 def peak_flops() -> float | None:
     """Of all devices of the run, where they are in the chip table."""
     devices = jax.devices()
-    kind = devices[0].device_kind.lower()
-    name = next((name for part, name in _KINDS.items() if part in kind), None)
-    return hardware.CHIPS[name].bf16_flops * len(devices) if name in hardware.CHIPS else None
+    chip = hardware.chip_of(devices[0].device_kind)
+    return None if chip is None else chip.bf16_flops * len(devices)
 
 
 class _Note:

@@ -46,6 +46,17 @@ CHIPS = {
 }
 
 
+# Parts of what jax calls a device (device_kind), the longer ones first.
+_KINDS = {"v5 lite": "v5e", "v5e": "v5e", "v6 lite": "v6e", "v6e": "v6e", "v5p": "v5p", "v5": "v5p", "h100": "h100"}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that jax calls so, as in "TPU v5 lite"; None for one that is not in the table."""
+    kind = device_kind.lower()
+    name = next((name for part, name in _KINDS.items() if part in kind), None)
+    return None if name is None else CHIPS[name]
+
+
 def chip(name: str, where: str = "chip") -> Chip:
     """The chip called `name`; UserError, at the config field `where`, if there is none."""
     if name not in CHIPS:

@@ -19,3 +19,19 @@ def test_peaks_are_the_published_ones_and_unknown_chips_are_named():
     }  # fmt: skip
     with pytest.raises(UserError, match=r"prune\.search\.chip: no chip 'v4'.*v5e, v5p, v6e, h100"):
         hardware.chip("v4", "prune.search.chip")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("TPU v5", "v5p"), ("TPU v5p", "v5p"), ("TPU v5 lite", "v5e"), ("TPU v6 lite", "v6e"), ("cpu", None),
+     ("NVIDIA H100 80GB HBM3", "h100"), ("", None)],
+)  # fmt: skip
+def test_chips_by_what_jax_calls_them(kind, name):
+    chip = hardware.chip_of(kind)
+    assert (chip and chip.name) == name
+
+
+def test_options_are_the_chips_own():
+    assert "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter" in hardware.compiler_options("TPU v5")
+    assert "xla_enable_async_all_gather" in hardware.compiler_options("TPU v5 lite")
+    assert hardware.compiler_options("NVIDIA H100 80GB HBM3") == hardware.compiler_options("cpu") == {}
