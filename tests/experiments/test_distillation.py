@@ -50,6 +50,7 @@ def test_training_from_the_cache_is_training_from_the_live_top_k(work, tmp_path)
     assert one["train_flops"] < other["train_flops"]  # no forward pass of the teacher
 
 
+@pytest.mark.slow
 def test_the_cache_serves_other_batches_and_numbers_of_devices(work, tmp_path):
     copied(work, tmp_path, "prepare_data", "prune", "cache_teacher")
     shape = ("--config.distill.phases.phase1.batch_size=4", "--config.distill.steps=16")
@@ -124,6 +125,7 @@ def test_a_killed_cache_goes_on_to_the_same_bytes(work, tmp_path):
     assert commands.summary(killed / "cache_teacher") == commands.summary(whole / "cache_teacher")
 
 
+@pytest.mark.slow
 def test_a_corrected_teacher_is_pruned_and_teaches(finished, tmp_path):
     copied(finished, tmp_path, "prepare_data", "pretrain")
     stages = "--config.stages=prepare_data,pretrain,correct_teacher,prune,distill"
@@ -143,6 +145,7 @@ def test_a_corrected_teacher_is_pruned_and_teaches(finished, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_mixture_is_taught_by_the_dense_model_it_came_from(finished, tmp_path):
     """An upcycled student: hidden states through the pruning before it, and the balance of its routers."""
     copied(finished, tmp_path, "prepare_data", "pretrain", "prune", "distill", "upcycle")
