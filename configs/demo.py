@@ -36,6 +36,8 @@ def training(steps: int, phases: dict[str, ConfigDict]) -> dict:
         "log_every": 10,
         "eval_every": 50,
         "save_every": 50,
+        "microbatches": 1,  # parts of a batch that are worked on one after the other
+        "max_skipped_steps": 10,  # in a row, without a finite gradient; then training ends
     }
 
 

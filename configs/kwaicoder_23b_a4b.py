@@ -159,11 +159,28 @@ def get_config(argument: str = "") -> ConfigDict:
         )},
     ) | {
         "teacher": "import_hf",
-        "loss": {"temperature": 1.0, "hidden": True, "hidden_loss": "mse", "cross_entropy": 0.0},
+        "loss": {
+            "logits_loss": "forward_kl", "temperature": 1.0, "skew": 0.1, "top_k": config_dict.placeholder(int),
+            "hidden": True, "hidden_loss": "mse", "cross_entropy": 0.0,
+        },
         "hidden_every": 5,
+        "balance": {"load": 0.01, "z": 0.001},
+        "cache": config_dict.placeholder(str),  # of cache_teacher: then without hidden states, and no teacher in memory
         "continue_data": False,
         "baseline": False,
     }  # fmt: skip
+    # Both are used if they are put among the stages: --config.stages=import_hf,prepare_data,correct_teacher,...
+    config.correct_teacher = training(
+        10_000_000_000, rows, {"phase1": phase(
+            1.0, rows, 4096, broad, 0.5, {"peak": 2e-5, "end": 2e-6, "warmup_share": 0.05, "law": "cosine"}
+        )},
+    ) | {"balance": {"load": 0.01, "z": 0.001}, "continue_data": True}  # fmt: skip
+    config.cache_teacher = {
+        "teacher": config_dict.placeholder(str),
+        "top_k": 128,  # fewer than 100 cost quality
+        "dtype": "float16",
+        "shard_steps": 16,
+    }
     config.upcycle = {
         "init_from": config_dict.placeholder(str),
         "seed": config_dict.placeholder(int),
@@ -201,7 +218,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "phase3": phase(0.1, rows, length, best, 0.5, {"peak": 1e-4, "end": 1e-6, "law": "1-sqrt"}),
         },
     ) | {
-        "balance": {"load": 0.01, "z": 0.001},
+        "balance": {"load": 0.01, "z": 0.001, "sequence": 0.0, "bias_rate": 0.0},
         "continue_data": True,
         "continue_optimizer": False,
         "match_rates": False,

@@ -104,6 +104,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         "log_every": 1 if quick else 5,
         "eval_every": 4 if quick else 50,
         "save_every": 4 if quick else 25,
+        "microbatches": 1,
+        "max_skipped_steps": 10,
         "loss": {
             "logits_loss": "forward_kl",
             "temperature": 1.0,
