@@ -19,6 +19,7 @@ from kwaicoder_jax.training.mesh import (
     abstract_params,
     batch_sharding,
     check_rows,
+    check_time,
     compiler_options,
     make_mesh,
     own_rows,
@@ -27,6 +28,7 @@ from kwaicoder_jax.training.mesh import (
     platform_of,
     replicated,
     row_share,
+    row_sharding,
     shard_batch,
 )
 from kwaicoder_jax.training.metrics import TIME_KEYS, MetricsLog, read_metrics
@@ -64,6 +66,7 @@ __all__ = [
     "balance_loss",
     "batch_sharding",
     "check_rows",
+    "check_time",
     "compiler_options",
     "join",
     "language_model_loss",
@@ -82,6 +85,7 @@ __all__ = [
     "replicated",
     "router_metrics",
     "row_share",
+    "row_sharding",
     "run_model",
     "shard_batch",
     "state_shardings",
