@@ -61,7 +61,8 @@ def flat(x_BT: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
         return x_BT.reshape(-1, *x_BT.shape[2:])
     return jax.shard_map(
         lambda x_BT: x_BT.reshape(-1, *x_BT.shape[2:]),
-        mesh=mesh, in_specs=batch_spec(mesh), out_specs=PartitionSpec(token_axes(mesh)), check_vma=False,
+        mesh=mesh, in_specs=batch_spec(mesh), out_specs=PartitionSpec(token_axes(mesh)),
+        axis_names=set(token_axes(mesh)), check_vma=False,  # other axes may split what follows B and T
     )(x_BT)  # fmt: skip
 
 
@@ -72,7 +73,8 @@ def unflat(x_M: jax.Array, batch: int, mesh: AbstractMesh | None) -> jax.Array:
     rows = batch // math.prod(mesh.shape[axis] for axis in row_axes(mesh))
     return jax.shard_map(
         lambda x_M: x_M.reshape(rows, -1, *x_M.shape[1:]),
-        mesh=mesh, in_specs=PartitionSpec(token_axes(mesh)), out_specs=batch_spec(mesh), check_vma=False,
+        mesh=mesh, in_specs=PartitionSpec(token_axes(mesh)), out_specs=batch_spec(mesh),
+        axis_names=set(token_axes(mesh)), check_vma=False,
     )(x_M)  # fmt: skip
 
 
