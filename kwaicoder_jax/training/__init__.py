@@ -27,8 +27,8 @@ from kwaicoder_jax.training.mesh import (
     partition,
     platform_of,
     replicated,
-    row_share,
     row_sharding,
+    row_share,
     shard_batch,
 )
 from kwaicoder_jax.training.metrics import TIME_KEYS, MetricsLog, read_metrics
@@ -84,8 +84,8 @@ __all__ = [
     "read_metrics",
     "replicated",
     "router_metrics",
-    "row_share",
     "row_sharding",
+    "row_share",
     "run_model",
     "shard_batch",
     "state_shardings",

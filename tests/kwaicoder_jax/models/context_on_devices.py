@@ -53,7 +53,10 @@ def on(sizes, time, width, window, kernels):
     weights = weights * mask
     mesh = Mesh(np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes), AXES)
     place = NamedSharding(mesh, PartitionSpec(AXES[:3], "context"))
-    small = [jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else jnp.float32) for x in (q, k, v, weights, positions, segments)]
+    small = [
+        jnp.asarray(x, jnp.int32 if x.dtype.kind == "i" else jnp.float32)
+        for x in (q, k, v, weights, positions, segments)
+    ]
     window_array = None if window is None else jnp.int32(window)
 
     @functools.partial(jax.jit, in_shardings=place)

@@ -74,7 +74,10 @@ def main() -> None:
     balance = training.BalanceConfig(load=0.1, z=0.01, sequence=0.3)
     one = mesh_variants.step_on(BIASED, MeshConfig(data=1), params=crowded(), balance=balance)
     # A buffer of even routing, and a mesh on which time alone is split.
-    for mesh, dispatch in ((MeshConfig(data=1, expert=2, context=4), "tokens"), (MeshConfig(data=1, context=4), "weights")):
+    for mesh, dispatch in (
+        (MeshConfig(data=1, expert=2, context=4), "tokens"),
+        (MeshConfig(data=1, context=4), "weights"),
+    ):
         runtime = models.Runtime(dispatch=dispatch, expert_buffer=1.0)
         found = mesh_variants.step_on(BIASED, mesh, runtime, params=crowded(), balance=balance)
         for kind, got, expected in zip(("metrics", "gradients"), found, one):

@@ -69,6 +69,14 @@ def test_a_time_that_devices_cannot_share_is_a_user_error(time, context, multipl
         training.shard_batch({"inputs": np.zeros((4, time), np.int32)}, mesh)
 
 
+def test_processes_place_the_part_of_time_that_their_devices_hold():
+    """(data, context) = (1, 4): both have all rows and half of the time; (2, 2) and (4, 1): half of the rows."""
+    found = devices.run_together("training.placed_by_processes", 2, devices_each=2)
+    assert found == [
+        [[True, True], [[4, 2]], [0, 1]], [[True, True], [[2, 4]], [0, 2]], [[True, True], [[1, 8]], [0, 2]],
+    ]  # fmt: skip
+
+
 def test_on_tpu_each_chunk_is_whole_blocks_of_the_kernels():
     assert models.context_multiple(4, "tpu") == 1024
     assert models.context_multiple(4, "cpu") == 8
