@@ -65,7 +65,8 @@ def attention(
 
     def local(q_BTHN, k_BTKN, v_BTKN, tokens_BT, window, kernel):
         k_BSKN, v_BSKN = (context_order.in_time(gathered(x, CONTEXT_AXIS, 1), shards) for x in (k_BTKN, v_BTKN))
-        keys_BS = tuple(context_order.in_time(gathered(x, CONTEXT_AXIS, 1), shards) for x in tokens_BT)
+        all_BT = (jax.lax.all_gather(x_BT, CONTEXT_AXIS, axis=1, tiled=True) for x_BT in tokens_BT)
+        keys_BS = tuple(context_order.in_time(x_BT, shards) for x_BT in all_BT)
         if kernel is not None:
             segments = (tokens_BT[1], keys_BS[1])
             return splash_attention.run(kernel, q_BTHN, k_BSKN, v_BSKN, segments, scale=scale)
