@@ -142,7 +142,7 @@ def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Ar
         check_time(time, mesh)
 
     def placed(value: np.ndarray) -> jax.Array:
-        def part(places: tuple[slice, ...]) -> np.ndarray:
+        def part(places: Any) -> np.ndarray:
             first = (places[0].start or 0) - index * len(value)
             rows = slice(first, first + len(range(*places[0].indices(count * len(value)))))
             return value[(rows, *places[1:])]

@@ -9,8 +9,8 @@ from tests.kwaicoder_jax.training import devices
 
 def test_output_and_gradients_against_float64():
     found = devices.run("models.context_on_devices", 8)
-    assert len(found) == 5
-    for name, errors in found.items():  # float32 sums of up to 1024 numbers of order 1
+    assert len(found) == 4
+    for name, errors in found.items():  # float32 sums of up to 512 numbers of order 1
         assert max(errors) < 1e-5, name
 
 

@@ -17,7 +17,7 @@ MESHES = {
     "dense": [
         MeshConfig(data=4), MeshConfig(data=2, fsdp=2), MeshConfig(tensor=2), MeshConfig(data=1, fsdp=2, tensor=2, context=2),
     ],
-    "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
+    "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, expert=2, context=2)],
     "tokens": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, fsdp=4, expert=2)],
 }  # fmt: skip
 RUNTIMES = {
