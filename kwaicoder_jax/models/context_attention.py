@@ -64,7 +64,7 @@ def attention(
         kernel, kernel_spec = splash_attention.sharded_kernel(time, own_heads, mesh, CONTEXT_AXIS, interpret)
 
     def local(q_BTHN, k_BTKN, v_BTKN, tokens_BT, window, kernel):
-        k_BSKN, v_BSKN = (context_order.in_time(gathered(x, CONTEXT_AXIS, 1), shards) for x in (k_BTKN, v_BTKN))
+        k_BSKN, v_BSKN = (_whole_rows(x, shards) for x in (k_BTKN, v_BTKN))
         all_BT = (jax.lax.all_gather(x_BT, CONTEXT_AXIS, axis=1, tiled=True) for x_BT in tokens_BT)
         keys_BS = tuple(context_order.in_time(x_BT, shards) for x_BT in all_BT)
         if kernel is not None:
@@ -76,6 +76,17 @@ def attention(
         local, mesh=mesh, in_specs=(part, part, part, of_tokens, PartitionSpec(), kernel_spec), out_specs=part,
         check_vma=False,
     )(q_BTHN, k_BTKN, v_BTKN, tokens_BT, window, kernel)  # fmt: skip
+
+
+def _whole_rows(x_BTKN: jax.Array, shards: int) -> jax.Array:
+    """Keys or values of all devices, in the order of time; their gradients are scattered back.
+
+    With heads and width as one axis: libtpu 0.0.42 writes the scatter of an array [B, T, K, N] as an all-reduce.
+    """
+    x_BTJ = x_BTKN.reshape(*x_BTKN.shape[:2], -1)
+    return context_order.in_time(gathered(x_BTJ, CONTEXT_AXIS, 1), shards).reshape(
+        x_BTKN.shape[0], -1, *x_BTKN.shape[2:]
+    )
 
 
 def pairs(time: int, shards: int) -> tuple[int, np.ndarray]:
