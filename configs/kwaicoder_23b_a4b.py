@@ -7,7 +7,8 @@ Argument: words separated by commas, as in configs/kwaicoder_23b_a4b.py:qwen,v5p
 
     qwen        Qwen2.5-Coder-7B as the teacher (QKV bias, leaves as Qwen2-MoE), in place of OpenCoder-8B (leaves as Mixtral)
     v5p-64 (if no machine is named)  v5p-512  v5e-256  h100-64     the machine, see docs/pods.md
-    4k (if none is named)  8k  32k   sequence length of the last phase; 32k on a mesh with a context axis
+    4k (if none is named)  8k  32k   sequence length of the last phase; where that leaves fewer rows than chips, the mesh
+                                     has a context axis, on which chips share a row
 
 What the publication does not give is a choice; its reason stands beside it.
 """
@@ -94,7 +95,8 @@ def get_config(argument: str = "") -> ConfigDict:
     if unknown := sorted(set(words) - known):
         raise ValueError(f"no variant {unknown[0]!r}; use {', '.join(sorted(known))}")
     teacher = "qwen" if "qwen" in words else "opencoder"
-    machine = MACHINES[chosen(words, MACHINES, "v5p-64")]
+    name = chosen(words, MACHINES, "v5p-64")
+    machine, chips = MACHINES[name], int(name.split("-")[1])
     length, rows = lengths[chosen(words, lengths, "4k")], machine["rows"]
 
     broad = {CODE: 0.7, KNOWLEDGE: 0.2, MATHEMATICS: 0.1}  # as DeepSeek-Coder-V2's, and KwaiCoder-DS-V2's 70 / 10 / 20
@@ -114,7 +116,8 @@ def get_config(argument: str = "") -> ConfigDict:
         "evaluate",
         "report",
     )
-    config.mesh = {"data": 1, "fsdp": -1, "expert": machine.get("expert", 1), "tensor": 1, "context": 1}
+    context = max(1, chips * length // (rows * 4096))  # no more: weights are sharded over the chips of the other axes
+    config.mesh = {"data": 1, "fsdp": -1, "expert": machine.get("expert", 1), "tensor": 1, "context": context}
     config.runtime = {"remat": machine["remat"], "scan_unroll": 1, "attention": "auto", "experts": "auto"}
     config.runtime.scatter_stage = machine.get("stage", 0)
     config.runtime.dispatch = machine.get("dispatch", "weights")

@@ -84,7 +84,7 @@ def _rows(
     )
     runtime = runtime_of(context)
 
-    @functools.partial(jax.jit, out_shardings=training.batch_sharding(mesh))
+    @functools.partial(jax.jit, out_shardings=training.row_sharding(mesh))
     def top_k(params: Any, batch: Any) -> distillation.TopK:
         output = training.run_model(params, config, batch, runtime)
         return distillation.teacher_top_k(settings, output.hidden_BTD, models.projection(params))

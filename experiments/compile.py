@@ -2,8 +2,9 @@
 
 python -m experiments.compile --config=configs/kwaicoder_23b_a4b.py --topology=v5p:4x4x4
 
-Memory, FLOPs and collectives are those of the compiled program; times are a roofline, not a measurement. With --workdir
-the figures are stored in WORKDIR/compile/STEP/TOPOLOGY/summary.json. --search tries meshes and remat policies.
+The batch is that of the step's first phase, or of --phase. Memory, FLOPs and collectives are those of the compiled
+program; times are a roofline, not a measurement. With --workdir the figures are stored in
+WORKDIR/compile/STEP/TOPOLOGY/summary.json. --search tries meshes and remat policies.
 """
 
 import dataclasses
@@ -15,7 +16,7 @@ from typing import Any
 from absl import flags
 
 from experiments import command, compile_kernels, compile_search, compile_steps
-from experiments.contract import Context, Stage
+from experiments.contract import Context, Section, Stage
 from experiments.display import Display
 from experiments.stopping import Stop
 from experiments.training_stage import runtime_of
@@ -36,24 +37,37 @@ def main() -> None:
     holder = command.define_flags()
     flags.DEFINE_string("topology", None, "The machine, as in v5p:4x4x4, v5e:16x16, h100:8x8.")
     flags.DEFINE_enum("step", "cpt", list(compile_steps.STEPS), "Whose step.")
+    flags.DEFINE_string("phase", None, "The phase whose batches it works on; the first one unless given.")
     flags.DEFINE_bool("search", False, "Try mesh shapes and remat policies, and print the best.")
     flags.DEFINE_string("text", None, "Write the compiled program to this file.")
 
     def work(stop: Stop, display: Display) -> None:
         display.stage(NAME)
         context = command.tool_context(STAGE, holder.value, {}, {}, stop, display)
-        machine = hardware.topology(flags.FLAGS.topology)
+        machine, step = hardware.topology(flags.FLAGS.topology), flags.FLAGS.step
+        context = dataclasses.replace(context, config=of_phase(context.config, step, flags.FLAGS.phase))
         if flags.FLAGS.search:
-            compile_search.run(context, machine, flags.FLAGS.step)
+            compile_search.run(context, machine, step)
             return
-        summary, report = compile_step(context, machine, flags.FLAGS.step, flags.FLAGS.text)
+        summary, report = compile_step(context, machine, step, flags.FLAGS.text)
         print(table(machine, report, summary))
         workdir = command.tool_workdir()
         if workdir is not None:
-            place = workdir / NAME / flags.FLAGS.step / machine.name.replace(":", "_")
+            place = workdir / NAME / step / machine.name.replace(":", "_")
             files.write_json(place / "summary.json", summary)
 
     command.execute(work, required=("config", "topology"), resumable=False)
+
+
+def of_phase(config: dict[str, Any], step: str, phase: str | None) -> dict[str, Any]:
+    """The recipe with one phase of a step alone; None leaves them all."""
+    if phase is None:
+        return config
+    phases = config.get(step, {}).get("phases", {})
+    if phase not in phases:
+        remedy = f"the phases of {step} are {', '.join(sorted(phases))}"
+        raise UserError(f"there is no {phase}", where="phase", remedy=remedy)
+    return config | {step: Section({**config[step], "phases": {phase: phases[phase]}}, step)}
 
 
 def compile_step(

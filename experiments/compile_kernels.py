@@ -28,10 +28,11 @@ BY_TOKENS = "moe._by_tokens"  # scope of `MoE._by_tokens`
 
 
 def _attention(kernel: work.Kernel) -> tuple[float, float]:
-    query = next(array for array in kernel.operands if _is_float(array) and len(array.shape) >= 3)
+    query, key, *_ = (array for array in kernel.operands if _is_float(array) and len(array.shape) >= 3)
     batch, (heads, time, width) = math.prod(query.shape[:-3]), query.shape[-3:]
     backward = "_dkv" in kernel.name
-    return splash_attention.work(batch, heads, time, width, _itemsize(query), backward=backward)
+    size = _itemsize(query)
+    return splash_attention.work(batch, heads, time, width, size, backward=backward, keys=key.shape[-2])
 
 
 def _product(kernel: work.Kernel, filled: float) -> tuple[float, float]:

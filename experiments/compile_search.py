@@ -16,13 +16,15 @@ REMAT = (models.Remat.FULL, models.Remat.ATTENTION, models.Remat.PROJECTIONS, mo
 
 
 def candidates(config: Mapping[str, Any], chips: int) -> Iterator[dict[str, Any]]:
-    """Configs with other meshes (fsdp and expert axes), policies and dispatch than `config`."""
+    """Configs with other meshes (fsdp and expert axes), policies and dispatch than `config`; its context axis stays."""
+    context = config.get("mesh", {}).get("context", 1)
+    chips //= context
     experts = config.get("upcycle", {}).get("granularity", 1) * config.get("upcycle", {}).get("replicas", 1)
     shares = [size for size in (1, 2, 4, 8, 16) if chips % size == 0 and experts % size == 0]
     for share, policy in itertools.product(shares, REMAT):
         dispatch = models.Dispatch.TOKENS if share > 1 else models.Dispatch.WEIGHTS
         changed = Section(copy.deepcopy(dict(config)))
-        changed["mesh"] = {"data": 1, "fsdp": chips // share, "expert": share, "tensor": 1, "context": 1}
+        changed["mesh"] = {"data": 1, "fsdp": chips // share, "expert": share, "tensor": 1, "context": context}
         changed["runtime"] = {**changed.get("runtime", {}), "remat": str(policy), "dispatch": str(dispatch)}
         yield changed
 

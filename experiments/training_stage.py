@@ -290,8 +290,10 @@ def program_of(section: dict[str, Any], name: str, run: Run, mesh: Any) -> Progr
     shardings = training.state_shardings(run.abstract, optimizer, run.model, mesh)
     make_state = functools.partial(training.make_state, optimizer=optimizer)
     parts = section.get("microbatches", 1)
-    for phase in phases_of(section, name).data if parts > 1 else ():
-        training.check_rows(phase.batch_size, mesh, parts)
+    for phase in phases_of(section, name).data:
+        training.check_time(phase.sequence_length, mesh)
+        if parts > 1:
+            training.check_rows(phase.batch_size, mesh, parts)
     return Program(
         training.make_step(run.loss, optimizer, rate, shardings, training.compiler_options(mesh), parts, run.bias_rate),
         jax.jit(make_state, out_shardings=shardings),

@@ -75,6 +75,19 @@ def cached_logits_loss(
 
 def teacher_top_k(settings: LogitsSettings, teacher_BTC: jax.Array, teacher_VC: jax.Array) -> TopK:
     """The `settings.top_k` likeliest tokens of each position; what a cache holds."""
+    if not vocabulary_sharding.can_split(teacher_BTC, vocabulary=False):
+        return _top_k_on_one_device(settings, teacher_BTC, teacher_VC)
+    local_settings = dataclasses.replace(settings, shards=1)
+    found, _ = vocabulary_sharding.on_each_device(
+        lambda tokens, projections, _: (_top_k_on_one_device(local_settings, *tokens, *projections), []),
+        [teacher_BTC],
+        [teacher_VC.astype(teacher_BTC.dtype)],
+        sums=0,
+    )
+    return found
+
+
+def _top_k_on_one_device(settings: LogitsSettings, teacher_BTC: jax.Array, teacher_VC: jax.Array) -> TopK:
     guide, guide_of = _guide(settings, (teacher_BTC, teacher_VC))
     _, pieces = jax.lax.scan(lambda _, piece: (None, guide_of(piece)), None, time_slices(settings.shards, guide))
     return joined(pieces, teacher_BTC.shape[1])
@@ -127,17 +140,17 @@ def _scan(settings, with_gradient, student_BTD, student_VD, teacher, mask_BT):
         own = jax.tree.unflatten(form, rest)
         guide = own if is_stored else (own, projections[1])
         total, d_BTD, d_VD = _on_one_device(local_settings, with_gradient, own_BTD, projections[0], guide, own_mask_BT)
-        # The sum of this device's rows, spread over them: what leaves has a row for each.
+        # The sum of this device's rows, spread over them: what leaves has a row for each, and a place for its part of time.
         rows = own_BTD.shape[0]
-        return (jnp.full((rows,), total / rows), d_BTD), [d_VD] if with_gradient else []
+        return (jnp.full((rows, 1), total / rows), d_BTD), [d_VD] if with_gradient else []
 
-    (total_B, d_BTD), sums = vocabulary_sharding.on_each_device(
+    (total_BC, d_BTD), sums = vocabulary_sharding.on_each_device(
         local,
         [student_BTD, mask_BT, *arrays],
         [student_VD.astype(student_BTD.dtype), *weights],
         sums=int(with_gradient),
     )
-    return jnp.sum(total_B), d_BTD, sums[0].astype(student_VD.dtype) if with_gradient else None
+    return jnp.sum(total_BC), d_BTD, sums[0].astype(student_VD.dtype) if with_gradient else None
 
 
 def _on_one_device(settings, with_gradient, student_BTD, student_VD, teacher, mask_BT):

@@ -3,6 +3,7 @@
 from kwaicoder_jax.models.attention import Cache
 from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
 from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
+from kwaicoder_jax.models.context_order import multiple as context_multiple
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.flops import forward_flops_per_token, train_flops_per_token
 from kwaicoder_jax.models.moe import RouterStatistics, choose_experts
@@ -49,6 +50,7 @@ __all__ = [
     "abstract",
     "check",
     "choose_experts",
+    "context_multiple",
     "count",
     "count_active",
     "cross_entropy",

@@ -45,6 +45,8 @@ class Tokens:
     index: jax.Array | None = None  # where this call's keys go in the cache; None without a cache
     lengths_BT: jax.Array | None = None  # of their documents, where rotary frequencies depend on it
     window: jax.Array | None = None  # of this layer, see `attention_ops`; None where no layer has one
+    # Devices that share the time of the tokens, which are then in the order of `context_order`.
+    context: int = flax.struct.field(pytree_node=False, default=1)
 
     def masks(self) -> dict[str, Any]:
         """The arguments of `dot_product_attention` that say which keys a query sees."""
@@ -87,6 +89,7 @@ class Attention(nn.Module):
             same_sequence=k_BSKN.shape[1] == x_BTD.shape[1],
             backend=self.runtime.attention,
             platform=self.runtime.platform,
+            context=tokens.context,
             **tokens.masks(),
         )
         return write(self, c, mixed_BTHN, out_HND, tokens), layer_cache

@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kwaicoder_jax.models import splash_attention
+from kwaicoder_jax.models import context_attention, splash_attention
 from kwaicoder_jax.models.attention_sharding import on_each_device
 from kwaicoder_jax.models.remat import ATTENTION, named
 
@@ -36,6 +36,7 @@ def dot_product_attention(
     scale: float | None = None,
     backend: str = "auto",
     platform: str | None = None,
+    context: int = 1,
 ) -> jax.Array:
     """Softmax attention inside a segment, at or before a query's position.
 
@@ -53,6 +54,7 @@ def dot_product_attention(
       scale: what scores are multiplied with; None for 1 / sqrt(N).
       backend: a value of AttentionBackend.
       platform: what "auto" chooses for, as jax names it ("cpu", "tpu", "gpu").
+      context: devices that share the time of the tokens, which are then in the order of `context_order`.
 
     Returns:
       [B, T, H, width of the values] in the dtype of the queries.
@@ -62,6 +64,9 @@ def dot_product_attention(
     groups = k_BSKN.shape[2]
     scale = width**-0.5 if scale is None else scale
     on_tpu = chosen is AttentionBackend.SPLASH or (chosen is AttentionBackend.AUTO and platform == "tpu")
+    if context > 1 and chosen is not AttentionBackend.REFERENCE:
+        tokens_BT = (q_positions_BT, q_segments_BT)
+        return context_attention.attention(q_BTHN, k_BSKN, v_BSKN, tokens_BT, window, scale=scale, kernels=on_tpu)
     if on_tpu and same_sequence and window is None and splash_attention.fits(time, width, v_BSKN.shape[-1]):
         return on_each_device(
             functools.partial(splash_attention.attention, scale=scale), (q_BTHN, k_BSKN, v_BSKN), q_segments_BT

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import PartitionSpec
 
-from kwaicoder_jax.models.mesh_axes import TENSOR_AXIS, token_axes, token_mesh
+from kwaicoder_jax.models.mesh_axes import TENSOR_AXIS, row_axes, token_mesh
 
 
 def on_each_device(
@@ -21,7 +21,7 @@ def on_each_device(
     mesh = token_mesh(heads[0], heads[0].shape[0])
     if mesh is None:
         return function(*heads, segments_BT)
-    rows = token_axes(mesh)
+    rows = row_axes(mesh)
     part = PartitionSpec(rows, None, TENSOR_AXIS if TENSOR_AXIS in mesh.shape else None)
     specs = (*(part for _ in heads), PartitionSpec(rows))
     return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)(*heads, segments_BT)

@@ -74,11 +74,17 @@ def expert_mlp(
     return y_MD, ExpertSums(norm_MX * weight_MX, summed(jnp.abs(a_RF)), summed(jnp.square(a_RF)))
 
 
-def reduce(sums: ExpertSums, index_MX: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, Sums]:
-    """Over the whole batch: output norms summed over tokens [E], and the moments over sequences of neurons [E, F]."""
-    experts_111E = jnp.arange(sums.absolute_BEF.shape[1], dtype=jnp.int32).reshape(1, 1, 1, -1)
-    here_BTXE = (index_MX.reshape(*mask_BT.shape, -1, 1) == experts_111E) & mask_BT[:, :, None, None]
-    output_BTX1 = sums.output_MX.reshape(*mask_BT.shape, -1, 1)
-    output_E = jnp.sum(jnp.where(here_BTXE, output_BTX1, 0.0), axis=(0, 1, 2))
+def reduce(sums: ExpertSums, index_BTX: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, Sums]:
+    """Over the whole batch: output norms summed over tokens [E], and the moments over sequences of neurons [E, F].
+
+    Args:
+      sums: of all devices, by rows: output_BTX, and of the neurons [B, C, E, F], C parts of each sequence.
+      index_BTX: the experts that each token chose.
+      mask_BT: tokens that count.
+    """
+    experts_111E = jnp.arange(sums.absolute_BEF.shape[2], dtype=jnp.int32).reshape(1, 1, 1, -1)
+    here_BTXE = (index_BTX[..., None] == experts_111E) & mask_BT[:, :, None, None]
+    output_E = jnp.sum(jnp.where(here_BTXE, sums.output_MX[..., None], 0.0), axis=(0, 1, 2))
     count_BE1 = jnp.sum(here_BTXE, axis=(1, 2), dtype=jnp.float32)[:, :, None]
-    return output_E, over_sequences(from_sums(sums.absolute_BEF, sums.square_BEF, count_BE1))
+    absolute_BEF, square_BEF = (jnp.sum(x_BCEF, axis=1) for x_BCEF in (sums.absolute_BEF, sums.square_BEF))
+    return output_E, over_sequences(from_sums(absolute_BEF, square_BEF, count_BE1))

@@ -56,7 +56,7 @@ class LatentAttention(nn.Module):
             mixed_BTHW = dot_product_attention(
                 jnp.concatenate([q_BTHU, q_BTHP], axis=-1), jnp.concatenate([k_BSHU, rope_BSHP], axis=-1), v_BSHW,
                 same_sequence=k_BSHU.shape[1] == x_BTD.shape[1], scale=scale, backend=self.runtime.attention,
-                **tokens.masks(),
+                context=tokens.context, **tokens.masks(),
             )  # fmt: skip
         return write(self, c, mixed_BTHW, out_HWD, tokens), layer_cache
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kernels.grouped_matmul import PROJECTIONS
 from kwaicoder_jax.models.config import ModelConfig
+from kwaicoder_jax.models.mesh_axes import context_shares, flat, token_mesh, unflat
 from kwaicoder_jax.models.remat import named
 from kwaicoder_jax.models.statistics import energy_share, record, recording, store
 from kwaicoder_jax.models.stored import StoredMatrix
@@ -55,7 +56,11 @@ def project(x: jax.Array, weight: jax.Array | StoredMatrix, inner: int = 1) -> j
         return weight.project(x, inner)
     outer, last = x.shape[: x.ndim - inner], weight.shape[inner:]
     depth = math.prod(weight.shape[:inner])
-    return (x.reshape(-1, depth) @ weight.astype(x.dtype).reshape(depth, -1)).reshape(*outer, *last)
+    matrix = weight.astype(x.dtype).reshape(depth, -1)
+    mesh = token_mesh(x, outer[0]) if len(outer) == 2 else None
+    if context_shares(mesh) > 1:  # a plain reshape of rows whose time is split would gather them
+        return unflat(flat(x, mesh).reshape(-1, depth) @ matrix, outer[0], mesh).reshape(*outer, *last)
+    return (x.reshape(-1, depth) @ matrix).reshape(*outer, *last)
 
 
 class RMSNorm(nn.Module):

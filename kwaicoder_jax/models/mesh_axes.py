@@ -4,29 +4,78 @@ import functools
 import math
 
 import jax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 # By the names that training.mesh gives them.
-TOKEN_AXES = ("data", "fsdp", "expert")  # a batch is split over all of these
+ROW_AXES = ("data", "fsdp", "expert")  # the rows of a batch are split over all of these
+CONTEXT_AXIS = "context"  # and its time over this one
 EMBED_AXIS = "fsdp"  # the channels of parameters
 TENSOR_AXIS = "tensor"  # heads, neurons, the vocabulary
 
 
-def token_mesh(x: jax.Array, batch: int) -> AbstractMesh | None:
-    """The mesh that `x` is on, read from its type; None where there is nothing to split.
+def token_mesh(x_BT: jax.Array, batch: int) -> AbstractMesh | None:
+    """The mesh that `x_BT` is on, read from its type; None where there is nothing to split.
 
-    That is: no mesh, one device, a batch that the devices cannot share evenly, or a caller that is already inside a
-    shard_map.
+    That is: no mesh, one device, a batch of rows or a time that the devices cannot share evenly, or a caller that is
+    already inside a shard_map.
     """
-    mesh = jax.typeof(x).sharding.mesh
+    mesh = jax.typeof(x_BT).sharding.mesh
     if mesh.empty or mesh.size == 1 or any(kind is not AxisType.Auto for kind in mesh.axis_types):
         return None
-    return mesh if batch % math.prod(mesh.shape.get(axis, 1) for axis in TOKEN_AXES) == 0 else None
+    even = batch % math.prod(mesh.shape.get(axis, 1) for axis in ROW_AXES) == 0
+    return mesh if even and x_BT.shape[1] % context_shares(mesh) == 0 else None
+
+
+def row_axes(mesh: AbstractMesh) -> tuple[str, ...]:
+    """Those of ROW_AXES that the mesh has."""
+    return tuple(axis for axis in ROW_AXES if axis in mesh.shape)
+
+
+def context_axis(mesh: AbstractMesh) -> str | None:
+    """CONTEXT_AXIS, if the mesh has it."""
+    return CONTEXT_AXIS if CONTEXT_AXIS in mesh.shape else None
+
+
+def context_shares(mesh: AbstractMesh | None) -> int:
+    """Into how many parts the mesh splits time."""
+    return 1 if mesh is None else mesh.shape.get(CONTEXT_AXIS, 1)
 
 
 def token_axes(mesh: AbstractMesh) -> tuple[str, ...]:
-    """Those of TOKEN_AXES that the mesh has."""
-    return tuple(axis for axis in TOKEN_AXES if axis in mesh.shape)
+    """All axes that tokens are split over: how a flat list of them lies, see `flat`."""
+    return tuple(axis for axis in (*ROW_AXES, CONTEXT_AXIS) if axis in mesh.shape)
+
+
+def batch_spec(mesh: AbstractMesh) -> PartitionSpec:
+    """How arrays [B, T, ...] lie."""
+    return PartitionSpec(row_axes(mesh), context_axis(mesh))
+
+
+def flat(x_BT: jax.Array, mesh: AbstractMesh | None) -> jax.Array:
+    """[B, T, ...] to one list of tokens [M, ...]: each device's own, row by row, one device after the other.
+
+    Without a mesh, or where only rows are split, that is a reshape. A row whose time is split is no run of the list,
+    so that no token has to move.
+    """
+    if mesh is None or context_shares(mesh) == 1:
+        return x_BT.reshape(-1, *x_BT.shape[2:])
+    return jax.shard_map(
+        lambda x_BT: x_BT.reshape(-1, *x_BT.shape[2:]),
+        mesh=mesh, in_specs=batch_spec(mesh), out_specs=PartitionSpec(token_axes(mesh)),
+        axis_names=set(token_axes(mesh)), check_vma=False,  # other axes may split what follows B and T
+    )(x_BT)  # fmt: skip
+
+
+def unflat(x_M: jax.Array, batch: int, mesh: AbstractMesh | None) -> jax.Array:
+    """The inverse of `flat`, to `batch` rows; for a list [N, ...] of other things, N / `batch` of each row are together."""
+    if mesh is None or context_shares(mesh) == 1:
+        return x_M.reshape(batch, -1, *x_M.shape[1:])
+    rows = batch // math.prod(mesh.shape[axis] for axis in row_axes(mesh))
+    return jax.shard_map(
+        lambda x_M: x_M.reshape(rows, -1, *x_M.shape[1:]),
+        mesh=mesh, in_specs=PartitionSpec(token_axes(mesh)), out_specs=batch_spec(mesh),
+        axis_names=set(token_axes(mesh)), check_vma=False,
+    )(x_M)  # fmt: skip
 
 
 def weight_axis(mesh: AbstractMesh, axis: str, size: int) -> str | None:

@@ -1,5 +1,7 @@
 """The mixture layer: a float32 router, exact top-k with lowest-index ties, dropless experts."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +15,7 @@ from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
 from kwaicoder_jax.models.expert_sharding import expert_shares, neuron_axis, on_each_shard, tokens_to_experts
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.layers import DenseMLP, declare, declare_bias, project
-from kwaicoder_jax.models.mesh_axes import cast, token_mesh
+from kwaicoder_jax.models.mesh_axes import cast, context_shares, flat, token_mesh, unflat
 from kwaicoder_jax.models.statistics import recording, store
 
 
@@ -105,9 +107,9 @@ def router_statistics(
     index_MX: jax.Array,
     probability_ME: jax.Array,
     mask_M: jax.Array,
-    rows: int = 1,
+    in_rows: Callable[[jax.Array], jax.Array] = lambda x_M: x_M[None],
 ) -> RouterStatistics:
-    """Reduces one layer's routing over the tokens where `mask_M` is true; they form `rows` sequences of one length."""
+    """Reduces one layer's routing over the tokens where `mask_M` is true; `in_rows` makes [B, T, ...] of [M, ...]."""
     weight_M = mask_M.astype(jnp.float32) / jnp.maximum(jnp.sum(mask_M), 1).astype(jnp.float32)
     chosen_ME = jnp.sum(jax.nn.one_hot(index_MX, logits_ME.shape[-1], dtype=jnp.float32), axis=1)
     entropy_M = -jnp.sum(probability_ME * jnp.log(jnp.maximum(probability_ME, 1e-20)), axis=-1)
@@ -117,17 +119,19 @@ def router_statistics(
         z=jnp.sum(weight_M * jnp.square(jax.nn.logsumexp(logits_ME, axis=-1))),
         entropy=jnp.sum(weight_M * entropy_M),
         confidence=jnp.sum(weight_M * jnp.max(weight_MX, axis=-1)),
-        sequence_balance=_sequence_balance(weight_M, chosen_ME, probability_ME, rows) / index_MX.shape[1],
+        sequence_balance=_sequence_balance(weight_M, chosen_ME, probability_ME, in_rows) / index_MX.shape[1],
     )
 
 
-def _sequence_balance(weight_M: jax.Array, chosen_ME: jax.Array, probability_ME: jax.Array, rows: int) -> jax.Array:
+def _sequence_balance(
+    weight_M: jax.Array,
+    chosen_ME: jax.Array,
+    probability_ME: jax.Array,
+    in_rows: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
     """E * sum over rows and experts of load * probability, where rows count by their share of the tokens."""
-    weight_BT = weight_M.reshape(rows, -1)
-    load_BE, probability_BE = (
-        jnp.einsum("BT,BTE->BE", weight_BT, x_ME.reshape(rows, weight_BT.shape[1], -1))
-        for x_ME in (chosen_ME, probability_ME)
-    )
+    weight_BT = in_rows(weight_M)
+    load_BE, probability_BE = (jnp.einsum("BT,BTE->BE", weight_BT, in_rows(x)) for x in (chosen_ME, probability_ME))
     share_B1 = jnp.maximum(jnp.sum(weight_BT, axis=1, keepdims=True), 1e-20)
     return chosen_ME.shape[1] * jnp.sum(load_BE * probability_BE / share_B1)
 
@@ -157,7 +161,7 @@ class MoE(nn.Module):
         mesh = token_mesh(x_BTD, x_BTD.shape[0])
         weights: Any = tuple(cast(weight, c.dtype, mesh) for weight in (gate_EDF, up_EDF, down_EFD))
 
-        x_MD = x_BTD.reshape(-1, c.model_dim)
+        x_MD = flat(x_BTD, mesh)
         logits_ME = jnp.einsum(
             "MD,DE->ME", x_MD.astype(jnp.float32), router_DE.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
         )
@@ -178,11 +182,12 @@ class MoE(nn.Module):
                 return grouped_matmul.expert_mlp(x_MD, choice[0], order, *weights, backend=backend), (choice, None)
             axis = neuron_axis(mesh, e.mlp_dim + e.bias)
             y_MD, sums = expert_statistics.expert_mlp(
-                x_MD, choice[0], order, weights, mask_M, time=x_BTD.shape[1], backend=backend, neuron_axis=axis
-            )
+                x_MD, choice[0], order, weights, mask_M, time=x_BTD.shape[1] // context_shares(mesh), backend=backend,
+                neuron_axis=axis,
+            )  # fmt: skip
             return y_MD, (choice, sums)
 
-        mask_M = mask_BT.reshape(-1)
+        mask_M = flat(mask_BT, mesh)
         router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
         if not wanted and self.runtime.dispatch is Dispatch.TOKENS and expert_shares(mesh, e.num_experts) > 1:
             choice = choose_experts(logits_ME, e, router[1])
@@ -196,12 +201,13 @@ class MoE(nn.Module):
         sums = rest[1]
         weight_MX, index_MX, probability_ME = choice
         y_MD = y_MD[:, : c.model_dim] if e.bias else y_MD
-        statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M, x_BTD.shape[0])
+        in_rows = functools.partial(unflat, batch=x_BTD.shape[0], mesh=mesh)
+        statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M, in_rows)
         if sums is not None:
-            output_E, neurons = expert_statistics.reduce(sums, index_MX, mask_BT)
+            output_E, neurons = expert_statistics.reduce(jax.tree.map(in_rows, sums), in_rows(index_MX), mask_BT)
             store(self, "experts", output_E)
             store(self, "expert_neurons", jax.tree.map(lambda sums_EF: sums_EF[:, : e.mlp_dim], neurons))
-        y_BTD = y_MD.reshape(x_BTD.shape).astype(c.dtype)
+        y_BTD = in_rows(y_MD).astype(c.dtype)
         return (y_BTD + self._shared(x_BTD, mask_BT) if e.shared_mlp_dim else y_BTD), statistics
 
     def _by_tokens(self, mesh: Any, choice: tuple[jax.Array, jax.Array], x_MD: jax.Array, weights: Any) -> jax.Array:

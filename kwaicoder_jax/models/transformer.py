@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from kwaicoder_jax.models import remat
+from kwaicoder_jax.models import context_order, remat
 from kwaicoder_jax.models.attention import Attention, Cache, LayerCache, Tokens
 from kwaicoder_jax.models.config import ModelConfig, Runtime
 from kwaicoder_jax.models.latent_attention import LatentAttention
@@ -66,7 +66,8 @@ class Layer(nn.Module):
             y_BTD = h_BTD + mixed_BTD
         if recording(self):
             store(self, "influence", influence(x_BTD, y_BTD, mask_BT))
-        return y_BTD, ((y_BTD if self.collect_layers else None), router, layer_cache)
+        seen_BTD = _in_time(y_BTD, tokens.context) if self.collect_layers else None
+        return y_BTD, (seen_BTD, router, layer_cache)
 
 
 class Transformer(nn.Module):
@@ -85,10 +86,13 @@ class Transformer(nn.Module):
         table_VD = declare(self, "embedding", (c.vocab_size, c.model_dim), ("vocab", "embed"), init, c.param_dtype)
         if not c.tie_embeddings:  # declared here, used by models.vocabulary
             declare(self, "head", (c.vocab_size, c.model_dim), ("vocab", "embed"), init, c.param_dtype)
+        context = context_order.shards(inputs_BT) if cache is None else 1
+        if context > 1:
+            inputs_BT, positions_BT, segments_BT = map(context_order.balanced, (inputs_BT, positions_BT, segments_BT))
         x_BTD = jnp.take(table_VD, inputs_BT, axis=0).astype(c.dtype)
-        embedded_BTD = x_BTD
+        embedded_BTD = _in_time(x_BTD, context)
 
-        tokens, layer_caches = Tokens(positions_BT, segments_BT, positions_BT, segments_BT), None
+        tokens, layer_caches = Tokens(positions_BT, segments_BT, positions_BT, segments_BT, context=context), None
         if cache is not None:
             start = (0, cache.index)
             k_positions_BS = jax.lax.dynamic_update_slice(cache.positions_BS, positions_BT, start)
@@ -106,7 +110,7 @@ class Transformer(nn.Module):
             outputs.append(output)
         x_BTD, output = self._stack("layers", c.layers - c.dense_layers)(x_BTD, tokens, own)
         layers_LBTD, layer_caches = (_joined([o[at] for o in (*outputs, output)]) for at in (0, 2))
-        hidden_BTD = RMSNorm(c, name="final_norm")(x_BTD, segments_BT > 0)
+        hidden_BTD = _in_time(RMSNorm(c, name="final_norm")(x_BTD, segments_BT > 0), context)
         if cache is not None:
             advanced = cache.index + inputs_BT.shape[1]
             cache = Cache(layer_caches[0], layer_caches[1], tokens.k_positions_BS, tokens.k_segments_BS, advanced)
@@ -130,6 +134,11 @@ class Transformer(nn.Module):
 
     def _is_mixture(self, stack: str) -> bool:
         return self.config.experts is not None and stack == "layers"
+
+
+def _in_time(x_BTD: jax.Array, context: int) -> jax.Array:
+    """Hidden states in the order of time, whatever order the layers see."""
+    return context_order.restored(x_BTD) if context > 1 else x_BTD
 
 
 def _parts(count: int) -> tuple[slice, slice]:

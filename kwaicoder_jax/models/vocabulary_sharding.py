@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, token_axes, token_mesh, weight_axis
+from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, batch_spec, token_axes, token_mesh, weight_axis
 
 # (token arrays, projections [V, D], mesh axis over which V is split or None) -> (token arrays, sums like projections)
 LocalLoss = Callable[[Sequence[jax.Array], Sequence[jax.Array], str | None], tuple[Any, Sequence[jax.Array]]]
@@ -22,7 +22,7 @@ def on_each_device(
 
     Args:
       function: see LocalLoss. Where it is told an axis, rows of V on other devices are missing from its sums.
-      tokens: arrays [B, ...] that are split over the batch.
+      tokens: arrays [B, T, ...] that are split as the batch is.
       projections: matrices [V, D] in the dtype of the computation.
       sums: for how many of the projections, the first ones, `function` returns a sum.
 
@@ -32,7 +32,7 @@ def on_each_device(
     mesh = token_mesh(tokens[0], tokens[0].shape[0])
     if mesh is None:
         return function(tokens, projections, None)
-    rows = PartitionSpec(token_axes(mesh))
+    rows = batch_spec(mesh)
     vocab, *embeds = _axes(mesh, projections)
 
     def local(tokens: Sequence[jax.Array], parts: Sequence[jax.Array]) -> tuple[Any, Sequence[jax.Array]]:

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kwaicoder_jax import hardware, models
 from kwaicoder_jax.errors import UserError
 
-BATCH_AXES = ("data", "fsdp", "expert")  # a batch is split over all of these
+BATCH_AXES = ("data", "fsdp", "expert")  # the rows of a batch are split over all of these
+CONTEXT_AXIS = "context"  # and its time over this one
 
 # Logical axis of a parameter -> mesh axis. What is not listed is replicated.
 RULES: Mapping[str, str] = {
@@ -53,8 +54,6 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"{sizes} does not multiply to the {len(devices)} devices here", where="mesh",
             remedy="every axis is 1 or more, and the one that is -1 takes what the others leave",
         )  # fmt: skip
-    if sizes["context"] != 1:
-        raise UserError("context parallelism is not available", where="mesh.context", remedy="use 1")
     return Mesh(_arranged(tuple(sizes.values()), devices), tuple(sizes))
 
 
@@ -90,7 +89,12 @@ def param_shardings(config: models.ModelConfig, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data-like axes."""
+    """Arrays [B, T, ...]: rows over the data-like axes, time over the context axis."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, CONTEXT_AXIS))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Whole rows over the data-like axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
@@ -104,7 +108,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     """Which part of a batch's rows this process holds, and of how many; processes may hold the same part."""
     shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     parts: dict[int, set[int]] = {}
-    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((shares,))
+    places: Mapping[Any, Any] = row_sharding(mesh).devices_indices_map((shares,))
     for device, (rows,) in places.items():
         parts.setdefault(device.process_index, set()).add(rows.start or 0)
     distinct = sorted({tuple(sorted(part)) for part in parts.values()})
@@ -127,14 +131,25 @@ def own_rows(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, np.ndarra
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Places this process's rows of a global batch; together the processes hold the whole batch."""
+    """Places this process's rows of a global batch; together the processes hold the whole batch.
+
+    Rows are whole, also where the devices of this process hold a part of their time.
+    """
     sharding = batch_sharding(mesh)
-    count = row_share(mesh)[1] if jax.process_count() > 1 else 1
+    index, count = row_share(mesh) if jax.process_count() > 1 else (0, 1)
     check_rows(count * min((len(value) for value in batch.values()), default=0), mesh)
-    return {
-        key: jax.make_array_from_process_local_data(sharding, value, (count * len(value), *value.shape[1:]))
-        for key, value in batch.items()
-    }
+    for time in {value.shape[1] for value in batch.values()}:
+        check_time(time, mesh)
+
+    def placed(value: np.ndarray) -> jax.Array:
+        def part(places: Any) -> np.ndarray:
+            first = (places[0].start or 0) - index * len(value)
+            rows = slice(first, first + len(range(*places[0].indices(count * len(value)))))
+            return value[(rows, *places[1:])]
+
+        return jax.make_array_from_callback((count * len(value), *value.shape[1:]), sharding, part)
+
+    return {key: placed(value) for key, value in batch.items()}
 
 
 def check_rows(rows: int, mesh: Mesh, microbatches: int = 1) -> None:
@@ -145,6 +160,18 @@ def check_rows(rows: int, mesh: Mesh, microbatches: int = 1) -> None:
         raise UserError(
             f"a batch of {rows} rows, which {shares} devices ({' * '.join(BATCH_AXES)}) cannot share{parts}", where="mesh",
             remedy=f"use a batch size that is a multiple of {shares * microbatches}",
+        )  # fmt: skip
+
+
+def check_time(time: int, mesh: Mesh) -> None:
+    """UserError for sequences whose time the mesh's context axis cannot share."""
+    shares = mesh.shape[CONTEXT_AXIS]
+    multiple = models.context_multiple(shares, platform_of(mesh))
+    if time % multiple:
+        kernels = " (on TPU in blocks of 128 tokens)" if platform_of(mesh) == "tpu" else ""
+        raise UserError(
+            f"sequences of {time} tokens, which {shares} devices cannot share in two chunks each{kernels}",
+            where="mesh.context", remedy=f"use a sequence_length that is a multiple of {multiple}",
         )  # fmt: skip
 
 

@@ -7,10 +7,12 @@ import sys
 import pytest
 
 from configs import kwaicoder_23b_a4b
+from experiments import compile as compile_command
 from experiments import compile_kernels, recipe_models
 from experiments.contract import Section
 from kwaicoder_jax import models
-from kwaicoder_jax.hardware import hlo, work
+from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.hardware import collectives, hlo, work
 from tests.experiments import commands
 
 TINY = {
@@ -43,6 +45,10 @@ def test_a_longer_last_phase_keeps_the_tokens_of_a_batch():
         for config in (short, long)
     }
     assert tokens == {256 * 4096}
+    assert short["mesh"]["context"] == long["mesh"]["context"] == 1
+    # As many rows or more than groups of chips: 32 on 64, 128 on 512, 32 on 256, 16 on 64.
+    machines = {"v5p-64": 2, "v5p-512": 4, "v5e-256": 8, "h100-64": 4}
+    assert {name: section(f"32k,{name}")["mesh"]["context"] for name in machines} == machines
     with pytest.raises(ValueError, match="no variant 'v7'"):
         kwaicoder_23b_a4b.get_config("v7")
 
@@ -80,10 +86,48 @@ def test_a_tiny_step_for_tpu(tmp_path):
     assert not found.unknown_kernels
 
 
+@pytest.mark.slow
+def test_a_tiny_step_whose_time_is_split(tmp_path):
+    """Keys and values are gathered along context and their gradients scattered; the kernels run on chunks of queries."""
+    split = ("--config.mesh.context=2", "--config.cpt.phases.phase1.sequence_length=1024")
+    done = compile_tiny(tmp_path, "v5p:2x2x1", "--config.runtime.remat=full", *split, f"--text={tmp_path / 'step.hlo'}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "compile/cpt/v5p_2x2x1/summary.json").read_text())
+    mixture = recipe_models.model_before(_tiny(), "cpt")
+    assert summary["model_flops_per_chip"] == pytest.approx(1024 * models.train_flops_per_token(mixture, 1024))
+    counts = {(each["kind"], *each["axes"]): each["count"] for each in summary["collectives"]}
+    assert counts["reduce-scatter", "context"] == 2 * mixture.layers
+    assert ("collective-permute", "context") in counts
+    module = hlo.parse((tmp_path / "step.hlo").read_text())
+    found = [each for each in collectives.find(module) if each.axes(AXES, (1, 2, 1, 1, 2)) == ("context",)]
+    gathers = [each for each in found if each.kind == "all-gather" and each.payload_bytes > 2**16]
+    # Keys and values, forward and once more backward; no hidden states.
+    assert sum(each.times for each in gathers) == 4 * mixture.layers
+    kernels = work.measure(module, compile_kernels.kernel_work(models.Runtime())).by_kind
+    splash = {name: flops for name, flops in kernels.items() if name.startswith("splash")}
+    assert len(splash) == 2
+    # Of the square's 16 blocks on 2 rows of 2 chips each has 5; 2 products forward (done twice), 5 backward.
+    block = 2.0 * mixture.heads * 256**2 * mixture.head_dim
+    assert sum(splash.values()) == pytest.approx(mixture.layers * 2 * 5 * (2 * 2 + 5) * block)
+
+
+AXES = ("data", "fsdp", "expert", "tensor", "context")
+
+
 def _tiny():
     config = kwaicoder_23b_a4b.get_config()
     config.update_from_flattened_dict(TINY)
     return Section(config.to_dict())
+
+
+def test_one_phase_alone():
+    config = section("32k")
+    assert compile_command.of_phase(config, "cpt", None) is config
+    alone = compile_command.of_phase(config, "cpt", "phase3")
+    assert [spec["sequence_length"] for spec in alone["cpt"]["phases"].values()] == [32_768]
+    assert len(config["cpt"]["phases"]) == 3
+    with pytest.raises(UserError, match=r"phase: there is no last; the phases of cpt are phase1, phase2, phase3"):
+        compile_command.of_phase(config, "cpt", "last")
 
 
 def test_a_machine_that_there_is_not(tmp_path):

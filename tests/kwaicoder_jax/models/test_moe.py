@@ -199,7 +199,8 @@ def test_the_balance_within_rows_is_the_mean_of_each_row_by_its_tokens():
     mask = np.random.default_rng(2).random(40) < 0.6
     mask[:time] = False  # a row of padding
     weight, index, probability = models.choose_experts(jnp.asarray(LOGITS), experts(Router.TOPK_SOFTMAX))
-    got = router_statistics(jnp.asarray(LOGITS), weight, index, probability, jnp.asarray(mask), rows)
+    in_rows = lambda x: x.reshape(rows, time, *x.shape[1:])  # noqa: E731
+    got = router_statistics(jnp.asarray(LOGITS), weight, index, probability, jnp.asarray(mask), in_rows)
     expected = 0.0
     for row in range(1, rows):
         kept = np.arange(row * time, (row + 1) * time)[mask[row * time : (row + 1) * time]]

@@ -28,11 +28,12 @@ def main() -> None:
     errors = {}
     for name, config in CONFIGS.items():
         one = step_on(config, MeshConfig(data=1))
-        other = step_on(config, MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
-        for kind, got, expected in zip(("metrics", "gradients"), other, one):
-            for key in expected:
-                size = max(float(np.max(np.abs(expected[key]))), 1e-6)  # a selection bias has no gradient
-                errors[f"{name} {kind} {key}"] = float(np.max(np.abs(got[key] - expected[key]))) / size
+        for last in ({"tensor": 2}, {"context": 2}):
+            other = step_on(config, MeshConfig(data=1, fsdp=2, expert=2, **last))
+            for kind, got, expected in zip(("metrics", "gradients"), other, one):
+                for key in expected:
+                    size = max(float(np.max(np.abs(expected[key]))), 1e-6)  # a selection bias has no gradient
+                    errors[f"{name} {last} {kind} {key}"] = float(np.max(np.abs(got[key] - expected[key]))) / size
     print(json.dumps(errors))
 
 

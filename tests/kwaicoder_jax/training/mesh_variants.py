@@ -14,10 +14,12 @@ from kwaicoder_jax.training import MeshConfig
 DENSE = testing.dense_config(vocab_size=94, layers=1, heads=4, kv_heads=2, mlp_dim=44)
 MOE = DENSE.replace(experts=models.ExpertsConfig(6, 2, 24))
 MESHES = {
-    "dense": [MeshConfig(data=4), MeshConfig(data=2, fsdp=2), MeshConfig(tensor=2)],
-    "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
+    "dense": [
+        MeshConfig(data=4), MeshConfig(data=2, fsdp=2), MeshConfig(tensor=2), MeshConfig(data=1, fsdp=2, tensor=2, context=2),
+    ],
+    "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, expert=2, context=2)],
     "tokens": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, fsdp=4, expert=2)],
-}
+}  # fmt: skip
 RUNTIMES = {
     "tokens": models.Runtime(
         dispatch=models.Dispatch.TOKENS, expert_buffer=1.0, scatter_stage=2, remat=models.Remat.PROJECTIONS
@@ -26,23 +28,24 @@ RUNTIMES = {
 
 
 def devices_of(mesh: MeshConfig) -> int:
-    return max(1, mesh.data) * mesh.fsdp * mesh.expert * mesh.tensor
+    return max(1, mesh.data) * mesh.fsdp * mesh.expert * mesh.tensor * mesh.context
 
 
 def step_on(
-    config: models.ModelConfig, mesh_config: MeshConfig, runtime: models.Runtime | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    config: models.ModelConfig, mesh_config: MeshConfig, runtime: models.Runtime | None = None, *,
+    params: Any = None, balance: training.BalanceConfig | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:  # fmt: skip
     """Metrics and gradients of one step; the momentum that the optimizer starts to keep is the gradient itself."""
     mesh = training.make_mesh(mesh_config, jax.devices()[: devices_of(mesh_config)])
     optimizer = optax.chain(optax.trace(decay=0.9), optax.scale(-0.1))
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
-        balance = training.BalanceConfig()
         return training.language_model_loss(
-            trainable["model"], config, batch, runtime=runtime or models.Runtime(), balance=balance
-        )
+            trainable["model"], config, batch, runtime=runtime or models.Runtime(),
+            balance=balance or training.BalanceConfig(),
+        )  # fmt: skip
 
-    trainable = {"model": testing.random_params(config)}
+    trainable = {"model": params or testing.random_params(config)}
     shardings = training.state_shardings(trainable, optimizer, config, mesh)
     state = jax.device_put(training.make_state(trainable, optimizer), shardings)
     batch = training.shard_batch(testing.random_batch(config, 8, 16), mesh)

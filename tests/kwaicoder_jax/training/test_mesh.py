@@ -17,7 +17,7 @@ def found():
 
 
 def test_a_step_on_any_mesh_is_the_step_on_one_device(found):
-    assert len(found["errors"]) == 6
+    assert len(found["errors"]) == 8
     for mesh, (metrics, gradients) in found["errors"].items():  # float32 sums in another order
         assert metrics < 1e-5, mesh
         assert gradients < 1e-5, mesh
@@ -54,9 +54,34 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_user_errors(config):
         training.make_mesh(config, jax.devices() * 8)
 
 
-def test_context_parallelism_is_refused():
-    with pytest.raises(UserError, match=r"mesh.context: .*use 1"):
-        training.make_mesh(MeshConfig(data=1, context=2), jax.devices() * 2)
+@pytest.mark.slow
+def test_time_split_over_devices_is_time_on_one():
+    """Packed rows; balance within rows; every token to two experts, the others empty; distillation; a teacher's cache."""
+    errors = devices.run("training.context_on_devices", 8)
+    assert len(errors) > 70
+    assert max(errors.values()) < 1e-5, max(errors, key=errors.get)  # float32 sums in another order
+
+
+@pytest.mark.parametrize(("time", "context", "multiple"), [(12, 4, 8), (15, 2, 4), (2, 2, 4)])
+def test_a_time_that_devices_cannot_share_is_a_user_error(time, context, multiple):
+    mesh = training.make_mesh(MeshConfig(data=1, context=context), jax.devices() * context)
+    found = rf"mesh.context: sequences of {time} tokens, which {context} devices .*a multiple of {multiple}$"
+    with pytest.raises(UserError, match=found):
+        training.shard_batch({"inputs": np.zeros((4, time), np.int32)}, mesh)
+
+
+def test_processes_place_the_part_of_time_that_their_devices_hold():
+    """(data, context) = (1, 4): both have all rows and half of the time; (2, 2) and (4, 1): half of the rows."""
+    found = devices.run_together("training.placed_by_processes", 2, devices_each=2)
+    assert found == [
+        [[True, True], [[4, 2]], [0, 1]], [[True, True], [[2, 4]], [0, 2]], [[True, True], [[1, 8]], [0, 2]],
+    ]  # fmt: skip
+
+
+def test_on_tpu_each_chunk_is_whole_blocks_of_the_kernels():
+    assert models.context_multiple(4, "tpu") == 1024
+    assert models.context_multiple(4, "cpu") == 8
+    assert models.context_multiple(1, "tpu") == 1
 
 
 def test_two_axes_on_one_mesh_axis_are_refused():
@@ -81,6 +106,9 @@ def test_rows_that_devices_cannot_share_are_a_user_error():
 def test_a_batch_lies_over_all_data_like_axes():
     mesh = training.make_mesh(MeshConfig(2, 2, 2), jax.devices() * 8)
     assert training.batch_sharding(mesh).shard_shape((16, 5)) == (2, 5)
+    with_context = training.make_mesh(MeshConfig(data=2, context=4), jax.devices() * 8)
+    assert training.batch_sharding(with_context).shard_shape((16, 8)) == (8, 2)
+    assert training.row_sharding(with_context).shard_shape((16, 8)) == (8, 8)
     assert training.replicated(mesh).shard_shape((16, 5)) == (16, 5)
 
 

@@ -15,7 +15,7 @@ DENSE = testing.dense_config(vocab_size=94, layers=2, heads=4, kv_heads=2, mlp_d
 MOE = DENSE.replace(experts=models.ExpertsConfig(6, 2, 24, shared_mlp_dim=10))
 MESHES = {
     "dense": [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=4, fsdp=2)],
-    "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=4, expert=2)],
+    "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=2, expert=2, context=2)],
 }
 
 
