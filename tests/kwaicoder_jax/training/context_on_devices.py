@@ -72,16 +72,17 @@ def errors(name: str, got: dict[str, Any], expected: dict[str, Any]) -> dict[str
 def main() -> None:
     result = {}
     balance = training.BalanceConfig(load=0.1, z=0.01, sequence=0.3)
-    one = mesh_variants.step_on(BIASED, MeshConfig(data=1), params=crowded(), balance=balance)
     # A buffer of even routing, and a mesh on which time alone is split.
-    for mesh, dispatch in (
-        (MeshConfig(data=1, expert=2, context=4), "tokens"),
-        (MeshConfig(data=1, context=4), "weights"),
+    for name, params, mesh, dispatch in (
+        ("crowded", crowded, MeshConfig(data=1, expert=2, context=4), "tokens"),
+        ("even", lambda: testing.random_params(BIASED), MeshConfig(data=1, context=4), "weights"),
     ):
         runtime = models.Runtime(dispatch=dispatch, expert_buffer=1.0)
-        found = mesh_variants.step_on(BIASED, mesh, runtime, params=crowded(), balance=balance)
+        one = mesh_variants.step_on(BIASED, MeshConfig(data=1), params=params(), balance=balance)
+        assert (one[0]["expert_load_max_over_mean"] > 2.99) == (name == "crowded")
+        found = mesh_variants.step_on(BIASED, mesh, runtime, params=params(), balance=balance)
         for kind, got, expected in zip(("metrics", "gradients"), found, one):
-            result |= errors(f"crowded {dispatch} {kind}", got, expected)
+            result |= errors(f"{name} {kind}", got, expected)
     for mesh, top_k in ((MeshConfig(data=1, fsdp=2, context=2), None), (MeshConfig(data=1, expert=2, context=2), 5)):
         result |= errors(f"distilled {top_k}", distilled(mesh, top_k), distilled(MeshConfig(data=1), top_k))
     print(json.dumps(result))
