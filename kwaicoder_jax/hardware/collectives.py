@@ -27,9 +27,10 @@ class Collective:
       devices: in a group, or 2 for a permutation.
       group: ids of one group, positions in the mesh.
       times: executions.
-      payload_bytes: of one execution: the gathered or the reduced array, or what one device sends.
-      wire_bytes: what a device sends in all executions, on a ring: (n-1)/n of the payload for a gather or a scatter, twice
-        that for an all-reduce.
+      payload_bytes: of one execution: the gathered or the reduced array, or what one device sends. Of a ragged-all-to-all
+        the smaller of its two buffers, an upper bound: what is sent is known only when it runs.
+      wire_bytes: what a device sends in all executions, on a ring: (n-1)/n of the payload for a gather, a scatter or an
+        all-to-all (whose rows are taken to be for all devices alike), twice that for an all-reduce.
       is_hidden: whether it is asynchronous, with arithmetic between its start and its end.
     """
 
@@ -139,8 +140,8 @@ def _collective(
         share *= 2
     elif kind in ("collective-permute", "collective-broadcast"):
         share = 1.0
-    elif kind == "ragged-all-to-all":  # the whole send buffer: an upper bound
-        payload = nbytes(computation.operand_types(instruction)[0])
+    elif kind == "ragged-all-to-all":  # sizes are known only when it runs: no more rows than either buffer holds
+        payload = min(map(nbytes, computation.operand_types(instruction)[:2]))
     return Collective(
         kind, instruction.name, instruction.source, devices, group, times, payload, share * payload * times, hidden
     )

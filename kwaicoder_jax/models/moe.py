@@ -1,5 +1,6 @@
 """The mixture layer: a float32 router, exact top-k with lowest-index ties, dropless experts."""
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -10,10 +11,11 @@ import jax.numpy as jnp
 from kernels import grouped_matmul, routing
 from kwaicoder_jax.models import expert_biases, expert_statistics
 from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
+from kwaicoder_jax.models.expert_exchange import exchanged_experts
 from kwaicoder_jax.models.expert_sharding import expert_shares, neuron_axis, on_each_shard, tokens_to_experts
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.layers import DenseMLP, declare, declare_bias, project
-from kwaicoder_jax.models.mesh_axes import cast, token_mesh
+from kwaicoder_jax.models.mesh_axes import cast, token_axes, token_mesh
 from kwaicoder_jax.models.statistics import recording, store
 
 
@@ -184,7 +186,7 @@ class MoE(nn.Module):
 
         mask_M = mask_BT.reshape(-1)
         router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
-        if not wanted and self.runtime.dispatch is Dispatch.TOKENS and expert_shares(mesh, e.num_experts) > 1:
+        if not wanted and self.runtime.dispatch is not Dispatch.WEIGHTS and expert_shares(mesh, e.num_experts) > 1:
             choice = choose_experts(logits_ME, e, router[1])
             rest: _Rest = (choice, None)
             y_MD = self._by_tokens(mesh, choice[:2], x_MD, weights)
@@ -208,13 +210,17 @@ class MoE(nn.Module):
         """Expert parallelism: each device computes its own experts, for the tokens of its expert group."""
         e = self.config.experts
         assert e is not None
-        even = x_MD.shape[0] * e.experts_per_token // mesh.size  # rows of a device if routing is even
+        # Rows of a device if routing is even; devices along other axes work on other parts of the same rows.
+        even = x_MD.shape[0] * e.experts_per_token // math.prod(mesh.shape[axis] for axis in token_axes(mesh))
         rows = -(-int(even * self.runtime.expert_buffer) // 512) * 512
+        backend, stage = self.runtime.experts, self.runtime.scatter_stage
+        if self.runtime.dispatch is Dispatch.EXCHANGE:
+            return exchanged_experts(mesh, choice, x_MD, *weights, rows=rows, backend=backend, stage=stage)
 
         def local(x_MD: jax.Array, choice: tuple[jax.Array, jax.Array], *weights: Any) -> jax.Array:
-            return grouped_matmul.local_expert_mlp(x_MD, *choice, *weights, rows=rows, backend=self.runtime.experts)
+            return grouped_matmul.local_expert_mlp(x_MD, *choice, *weights, rows=rows, backend=backend)
 
-        return tokens_to_experts(local, mesh, choice, x_MD, *weights, stage=self.runtime.scatter_stage)
+        return tokens_to_experts(local, mesh, choice, x_MD, *weights, stage=stage)
 
     def _biases(self) -> list[jax.Array]:
         """Of gate, up and down, in a compact call."""
