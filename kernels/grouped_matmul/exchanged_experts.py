@@ -84,12 +84,12 @@ def _further(plan: _Plan, routing: Routing, counts_SE: jax.Array, body: Callable
     """carry = body(window, carry) for the windows after the first, as many as the mesh's fullest device needs."""
     if plan.rows >= counts_SE.shape[0] * routing.slot_R.size:
         return carry
+    needed = jax.lax.pmax(exchange.windows(counts_SE, plan.rows), plan.mesh_axes)
+
+    def step(number: jax.Array, carry: Any) -> Any:
+        return body(exchange.window(counts_SE, number * plan.rows, plan.rows), carry)
+
     with jax.named_scope(OVERFLOW):
-        needed = jax.lax.pmax(exchange.windows(counts_SE, plan.rows), plan.mesh_axes)
-
-        def step(number: jax.Array, carry: Any) -> Any:
-            return body(exchange.window(counts_SE, number * plan.rows, plan.rows), carry)
-
         return jax.lax.fori_loop(1, needed, step, carry)
 
 
@@ -124,9 +124,7 @@ def _exchanged(plan: _Plan, arguments: Arguments, routing: Routing, counts_SE: j
 _Residuals = tuple[Arguments, Routing, jax.Array, jax.Array, Saved]
 
 
-def _forward(
-    plan: _Plan, arguments: Arguments, routing: Routing, counts_SE: jax.Array
-) -> tuple[jax.Array, _Residuals]:
+def _forward(plan: _Plan, arguments: Arguments, routing: Routing, counts_SE: jax.Array) -> tuple[jax.Array, _Residuals]:
     x_RD = take_rows(arguments.x_MD, routing.token_R)
     first = exchange.window(counts_SE, 0, plan.rows)
     x_CD = _sent(plan, x_RD, first)

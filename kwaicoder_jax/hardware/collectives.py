@@ -14,6 +14,7 @@ KINDS = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+PAIRWISE = ("all-to-all", "ragged-all-to-all")  # every device has other bytes for each other one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Collective:
         return tuple(name for name, row in zip(names, places, strict=True) if len(set(row.tolist())) > 1)
 
 
-def find(module: Module) -> list[Collective]:
-    """All collectives that are executed."""
+def find(module: Module, *, rare: Sequence[str] = ()) -> list[Collective]:
+    """All collectives that are executed, but for those in the scopes `rare`, see `work.measure`."""
     found: list[Collective] = []
     chains: dict[tuple[int, str, str, float], int] = {}
     for computation, instruction, times in module.walk():
@@ -59,6 +60,8 @@ def find(module: Module) -> list[Collective]:
             continue  # `walk` goes into what it calls
         hidden = _is_hidden(module, computation, instruction) if _may_hide(instruction) else False
         for inner, each in _inside(module, computation, instruction):
+            if any(f"/{scope}/" in each.source for scope in rare):
+                continue
             made = _collective(inner, each, times, hidden, module.partitions)
             # A TPU's asynchronous fusions write one collective several times: its start, its steps, its end.
             chain = each.attribute(r'chain_id="?(\w+)')
