@@ -67,7 +67,7 @@ def job_of(
     options: dict[str, Any] = {
         "student_config": config, "teacher_config": guide.config, "pairs": guide.pairs, "config": guide.settings,
         "runtime": runtime_of(context, mesh), "router_loss": language_model.router_loss(balance),
-        "shards": row_shards(mesh),
+        "shards": row_shards(mesh), "capacity_factor": balance.capacity_factor,
     }  # fmt: skip
     return Run(
         folder=context.folder,

@@ -69,4 +69,4 @@ def router_summary(folder: Any) -> dict[str, float]:
     """The summary keys of a mixture, from the last step that was logged; empty for a dense model."""
     names = ("expert_load_max_over_mean", "router_entropy")
     records = [r for r in training.read_metrics(folder / "metrics.jsonl") if names[0] in r]
-    return {name: records[-1][name] for name in names} if records else {}
+    return {name: records[-1][name] for name in (*names, "dropped_share") if name in records[-1]} if records else {}

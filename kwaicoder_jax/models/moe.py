@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kernels import grouped_matmul, routing
 from kwaicoder_jax.models import expert_biases, expert_statistics
 from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
+from kwaicoder_jax.models.expert_capacity import capped_experts
 from kwaicoder_jax.models.expert_exchange import exchanged_experts
 from kwaicoder_jax.models.expert_sharding import expert_shares, neuron_axis, on_each_shard, tokens_to_experts
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
@@ -31,6 +32,7 @@ class RouterStatistics:
       confidence: mean of the largest combine weight.
       sequence_balance: E/X * sum over experts of load * probability, both of one row, and its mean over rows by their tokens
         (DeepSeek-V3, 2412.19437, section 2.1.2): 1 if even. Differentiable.
+      dropped: share of the tokens' choices that found no place at their expert; None without a capacity.
     """
 
     load_E: jax.Array
@@ -39,6 +41,7 @@ class RouterStatistics:
     entropy: jax.Array
     confidence: jax.Array
     sequence_balance: jax.Array
+    dropped: jax.Array | None = None
 
 
 _Router = tuple[jax.Array, jax.Array | None, jax.Array | None]  # logits, what to rank by [M, E]; for statistics mask_M
@@ -135,10 +138,14 @@ def _sequence_balance(weight_M: jax.Array, chosen_ME: jax.Array, probability_ME:
 
 
 class MoE(nn.Module):
-    """y = sum over the X selected experts of weight * expert(x); each expert is a SwiGLU of `experts.mlp_dim` neurons."""
+    """y = sum over the X selected experts of weight * expert(x); each expert is a SwiGLU of `experts.mlp_dim` neurons.
+
+    With a `capacity_factor` experts take so many rows of a sequence, over those of even routing, and drop what is beyond.
+    """
 
     config: ModelConfig
     runtime: Runtime
+    capacity_factor: float | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, RouterStatistics]:
@@ -186,9 +193,17 @@ class MoE(nn.Module):
 
         mask_M = mask_BT.reshape(-1)
         router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
-        if not wanted and self.runtime.dispatch is not Dispatch.WEIGHTS and expert_shares(mesh, e.num_experts) > 1:
+        dropped = None
+        if self.capacity_factor is not None:
             choice = choose_experts(logits_ME, e, router[1])
             rest: _Rest = (choice, None)
+            y_MD, dropped = capped_experts(
+                mesh, choice[:2], x_MD, weights, mask_BT, factor=self.capacity_factor,
+                gather_weights=self.runtime.dispatch is Dispatch.WEIGHTS, stage=self.runtime.scatter_stage,
+            )  # fmt: skip
+        elif not wanted and self.runtime.dispatch is not Dispatch.WEIGHTS and expert_shares(mesh, e.num_experts) > 1:
+            choice = choose_experts(logits_ME, e, router[1])
+            rest = (choice, None)
             y_MD = self._by_tokens(mesh, choice[:2], x_MD, weights)
         else:
             y_MD, rest = on_each_shard(
@@ -199,6 +214,7 @@ class MoE(nn.Module):
         weight_MX, index_MX, probability_ME = choice
         y_MD = y_MD[:, : c.model_dim] if e.bias else y_MD
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M, x_BTD.shape[0])
+        statistics = statistics.replace(dropped=dropped)  # type: ignore[attr-defined]
         if sums is not None:
             output_E, neurons = expert_statistics.reduce(sums, index_MX, mask_BT)
             store(self, "experts", output_E)

@@ -89,8 +89,8 @@ RAGGED = """HloModule jit_step, is_scheduled=true, num_partitions=4
   %c = (s32[], bf16[48,2,64]) parameter(0)
   %i = s32[] get-tuple-element(%c), index=0
   %x = bf16[48,2,64]{2,1,0} get-tuple-element(%c), index=1
-  %sizes.1 = s32[2]{0} constant({1,1})
-  %again = bf16[48,2,64]{2,1,0} ragged-all-to-all(%x, %x, %sizes.1, %sizes.1, %sizes.1, /*index=5*/%sizes.1), channel_id=2, replica_groups={{0,1},{2,3}}, metadata={op_name="jit(step)/overflow/while/body/ragged_all_to_all"}
+  %k = s32[2]{0} constant({1,1})
+  %again = bf16[48,2,64] ragged-all-to-all(%x, %x, %k, %k, %k, %k), GROUPS, FROMjit(step)/overflow/while/body/again"}
   ROOT %next = (s32[], bf16[48,2,64]) tuple(%i, %again)
 }
 
@@ -103,12 +103,12 @@ ENTRY %main (a: bf16[32,2,64], b: bf16[48,2,64], n: s32[2]) -> (s32[], bf16[48,2
   %a = bf16[32,2,64]{2,1,0} parameter(0)
   %b = bf16[48,2,64]{2,1,0} parameter(1)
   %n = s32[2]{0} parameter(2)
-  %there = bf16[48,2,64]{2,1,0:T(2,128)(2,1)S(1)} ragged-all-to-all(%a, %b, %n, %n, %n, /*index=5*/%n), channel_id=1, replica_groups={{0,1},{2,3}}, metadata={op_name="jit(step)/ragged_all_to_all"}
+  %there = bf16[48,2,64] ragged-all-to-all(%a, %b, %n, %n, %n, %n), GROUPS, FROMjit(step)/there"}
   %zero = s32[] constant(0)
   %start = (s32[], bf16[48,2,64]) tuple(%zero, %there)
-  ROOT %loop = (s32[], bf16[48,2,64]) while(%start), condition=%goes_on, body=%rarely, metadata={op_name="jit(step)/overflow/while"}
+  ROOT %loop = (s32[], bf16[48,2,64]) while(%start), condition=%goes_on, body=%rarely
 }
-"""
+""".replace("GROUPS", "channel_id=1, replica_groups={{0,1},{2,3}}").replace("FROM", 'metadata={op_name="')
 
 
 def test_rows_of_unknown_number_count_as_the_smaller_buffer():

@@ -22,7 +22,7 @@ TOKENS, CHOICES, EXPERTS, WIDTH, NEURONS = 1024, 2, 8, 256, 128
 
 def main() -> None:
     mesh = Mesh(np.asarray(hardware.topology("v5e:2x2").devices).reshape(2, 2), ("fsdp", "expert"))
-    tokens, weights = P(("fsdp", "expert")), P("expert", "fsdp")
+    tokens, weights, out = P(("fsdp", "expert")), P("expert", "fsdp"), P("expert", None, "fsdp")
 
     def shape(*sizes, spec=weights, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
@@ -35,7 +35,7 @@ def main() -> None:
 
     arguments = (
         shape(TOKENS, WIDTH, spec=tokens), shape(TOKENS, CHOICES, spec=tokens, dtype=jnp.float32),
-        shape(EXPERTS, WIDTH, NEURONS), shape(EXPERTS, WIDTH, NEURONS), shape(EXPERTS, NEURONS, WIDTH, spec=P("expert", None, "fsdp")),
+        shape(EXPERTS, WIDTH, NEURONS), shape(EXPERTS, WIDTH, NEURONS), shape(EXPERTS, NEURONS, WIDTH, spec=out),
         shape(TOKENS, CHOICES, spec=tokens, dtype=jnp.int32),
     )  # fmt: skip
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -28,6 +28,11 @@ def test_any_number_of_devices_computes_what_one_does_whatever_the_routing(found
             assert max(errors) < 2e-6, (devices_and_rows, routing, errors)
 
 
+def test_experts_with_a_capacity_do_the_same_on_any_mesh(found):
+    assert len(found["capped"]) == 2 * 7
+    assert max(found["capped"]) < 2e-6, found["capped"]
+
+
 def test_a_tpu_is_given_the_primitive_and_its_gradient():
     found = devices.run("models.exchange_for_tpu", 1)
     # There and back; forward, and in the gradient: once more in the loop for what does not fit.

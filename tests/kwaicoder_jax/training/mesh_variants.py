@@ -20,9 +20,7 @@ MESHES = {
     "exchange": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2)],
 }
 RUNTIMES = {
-    str(dispatch): models.Runtime(
-        dispatch=dispatch, expert_buffer=1.0, scatter_stage=2, remat=models.Remat.PROJECTIONS
-    )
+    str(dispatch): models.Runtime(dispatch=dispatch, expert_buffer=1.0, scatter_stage=2, remat=models.Remat.PROJECTIONS)
     for dispatch in (models.Dispatch.TOKENS, models.Dispatch.EXCHANGE)
 }
 
