@@ -28,6 +28,7 @@ def job(
       **more: other fields of `Run`.
     """
     runtime, weights = runtime_of(context, mesh), balance or training.BalanceConfig()
+    check_capacity(weights, config, f"{context.stage.name}.balance")
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
         del frozen
@@ -53,6 +54,13 @@ def bias_rate(balance: training.BalanceConfig, config: models.ModelConfig, where
         remedy = "upcycle with router=sigmoid and router_bias=True, or set it to 0"
         raise UserError("the model has no selection bias", where=f"{where}.bias_rate", remedy=remedy)
     return balance.bias_rate
+
+
+def check_capacity(balance: training.BalanceConfig, config: models.ModelConfig, where: str) -> None:
+    """Refuses a capacity for a model that has no experts."""
+    if balance.capacity_factor is not None and config.experts is None:
+        remedy = "set it to None, or train a mixture"
+        raise UserError("the model has no experts", where=f"{where}.capacity_factor", remedy=remedy)
 
 
 def router_loss(balance: training.BalanceConfig) -> Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]]:

@@ -8,6 +8,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 
 from kernels import grouped_matmul
 from kernels.routing import capacity
+from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.expert_sharding import WEIGHT_AXES, Choice
 from kwaicoder_jax.models.mesh_axes import gathered, token_axes, weight_axis
 
@@ -37,7 +38,15 @@ def capped_experts(
 
     Returns:
       [M, D], and the share of the counted tokens' choices that were dropped.
+
+    Raises:
+      UserError: a mesh that splits sequences.
     """
+    if mesh is not None and mesh.shape.get("context", 1) > 1:
+        raise UserError(
+            "a capacity counts the rows of whole sequences", where="balance.capacity_factor",
+            remedy="set it to None, or mesh.context to 1",
+        )  # fmt: skip
     (batch, time), (_, index_MX), experts = mask_BT.shape, choice, weights[0].shape[0]
     rows = capacity.capacity(factor, time, index_MX.shape[1], experts)
     place_BTX = capacity.places(index_MX.reshape(batch, time, -1), mask_BT, experts, rows)

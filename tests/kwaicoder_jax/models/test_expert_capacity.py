@@ -6,9 +6,12 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh
 
+from experiments import language_model
 from kwaicoder_jax import models, testing, training
 from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.models.expert_capacity import capped_experts
 from kwaicoder_jax.models.moe import MoE
 
 
@@ -76,6 +79,20 @@ def test_statistics_are_those_of_the_whole_mixture():
     config = testing.moe_config("softmax_topk")
     with pytest.raises(ValueError, match="leave out capacity_factor"):
         models.forward({}, config, None, None, None, statistics=True, capacity_factor=1.0)
+
+
+def test_a_mesh_that_splits_sequences_is_a_user_error():
+    mesh, nothing = AbstractMesh((2, 2), ("expert", "context")), np.zeros((4, 2), np.int32)
+    with pytest.raises(UserError, match=r"balance.capacity_factor: .*mesh.context to 1"):
+        capped_experts(
+            mesh, (nothing, nothing), nothing, (nothing,) * 3, np.ones((2, 2), bool), factor=1.0, gather_weights=True
+        )
+
+
+def test_a_dense_model_has_no_capacity():
+    balance = training.BalanceConfig(capacity_factor=1.0)
+    with pytest.raises(UserError, match=r"cpt.balance.capacity_factor: .*no experts"):
+        language_model.check_capacity(balance, testing.dense_config(), "cpt.balance")
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("inf"), float("nan")])
