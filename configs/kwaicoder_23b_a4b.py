@@ -222,7 +222,10 @@ def get_config(argument: str = "") -> ConfigDict:
             "phase3": phase(0.1, rows, length, best, 0.5, {"peak": 1e-4, "end": 1e-6, "law": "1-sqrt"}),
         },
     ) | {
-        "balance": {"load": 0.01, "z": 0.001, "sequence": 0.0, "bias_rate": 0.0},
+        "balance": {
+            "load": 0.01, "z": 0.001, "sequence": 0.0, "bias_rate": 0.0,
+            "capacity_factor": config_dict.placeholder(float),  # drop nothing
+        },
         "continue_data": True,
         "continue_optimizer": False,
         "match_rates": False,

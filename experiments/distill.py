@@ -63,11 +63,12 @@ def job_of(
     load: Callable[[], Any], meta: dict[str, Any],
 ) -> Run:  # fmt: skip
     """The student's run under its teacher, whose projections lie on the mesh (or are shapes)."""
+    language_model.check_capacity(balance, config, "distill.balance")
     extras = {"projections": guide.projections} if guide.projections else {}
     options: dict[str, Any] = {
         "student_config": config, "teacher_config": guide.config, "pairs": guide.pairs, "config": guide.settings,
         "runtime": runtime_of(context, mesh), "router_loss": language_model.router_loss(balance),
-        "shards": row_shards(mesh),
+        "shards": row_shards(mesh), "capacity_factor": balance.capacity_factor,
     }  # fmt: skip
     return Run(
         folder=context.folder,

@@ -28,6 +28,7 @@ def job(
       **more: other fields of `Run`.
     """
     runtime, weights = runtime_of(context, mesh), balance or training.BalanceConfig()
+    check_capacity(weights, config, f"{context.stage.name}.balance")
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
         del frozen
@@ -55,6 +56,13 @@ def bias_rate(balance: training.BalanceConfig, config: models.ModelConfig, where
     return balance.bias_rate
 
 
+def check_capacity(balance: training.BalanceConfig, config: models.ModelConfig, where: str) -> None:
+    """Refuses a capacity for a model that has no experts."""
+    if balance.capacity_factor is not None and config.experts is None:
+        remedy = "set it to None, or train a mixture"
+        raise UserError("the model has no experts", where=f"{where}.capacity_factor", remedy=remedy)
+
+
 def router_loss(balance: training.BalanceConfig) -> Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]]:
     """The balance losses of a mixture as a function of its routers' statistics, with their metrics."""
 
@@ -69,4 +77,4 @@ def router_summary(folder: Any) -> dict[str, float]:
     """The summary keys of a mixture, from the last step that was logged; empty for a dense model."""
     names = ("expert_load_max_over_mean", "router_entropy")
     records = [r for r in training.read_metrics(folder / "metrics.jsonl") if names[0] in r]
-    return {name: records[-1][name] for name in names} if records else {}
+    return {name: records[-1][name] for name in (*names, "dropped_share") if name in records[-1]} if records else {}

@@ -1,4 +1,4 @@
-"""Rows from token order to expert order and back; see `api`."""
+"""Rows from token order to expert order and back: `api`; between devices: `exchange`; with a limit: `capacity`."""
 
 from kernels.routing.api import ORDER, Routing, combine, permute, sort_by_expert
 

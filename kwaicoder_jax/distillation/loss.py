@@ -87,6 +87,7 @@ def distillation_loss(
     runtime: models.Runtime,
     router_loss: RouterLoss | None = None,
     shards: int = 1,
+    capacity_factor: float | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """L = L_logits + alpha * L_hidden + w * L_labels, alpha = L_logits / L_hidden without gradient (RECIPE: Minitron).
 
@@ -101,13 +102,14 @@ def distillation_loss(
       runtime: how both are computed.
       router_loss: of a student that is a mixture: what is added to the loss, and metrics.
       shards: devices that the rows of the batch are spread over.
+      capacity_factor: of a student that is a mixture, see `models.forward`; a teacher drops nothing.
 
     Returns:
       The loss, and metrics; "loss" is the logits loss per token (the KL by default), since that is what it minimises first.
     """
     mask_BT, params = batch["loss_mask"], trainable["model"]
     tokens = jnp.maximum(jnp.sum(mask_BT), 1.0)
-    output = _run(params, student_config, batch, runtime, config.hidden)
+    output = _run(params, student_config, batch, runtime, config.hidden, capacity_factor)
     student = (output.hidden_BTD, models.projection(params))
     settings = LogitsSettings(config.logits_loss, config.temperature, config.skew, config.top_k, shards)
     if teacher_config is None:
@@ -132,9 +134,14 @@ def distillation_loss(
     return loss, metrics
 
 
-def _run(params: Any, config: models.ModelConfig, batch: dict[str, jax.Array], runtime: models.Runtime, layers: bool):
+def _run(
+    params: Any, config: models.ModelConfig, batch: dict[str, jax.Array], runtime: models.Runtime, layers: bool,
+    capacity_factor: float | None = None,
+) -> models.Output:  # fmt: skip
     inputs = (batch["inputs"], batch["positions"], batch["segment_ids"])
-    return models.forward(params, config, *inputs, runtime=runtime, collect_layers=layers)
+    return models.forward(
+        params, config, *inputs, runtime=runtime, collect_layers=layers, capacity_factor=capacity_factor
+    )
 
 
 def compared(teacher: models.Output, layers: Sequence[int]) -> jax.Array:

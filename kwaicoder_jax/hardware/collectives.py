@@ -14,6 +14,7 @@ KINDS = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+PAIRWISE = ("all-to-all", "ragged-all-to-all")  # every device has other bytes for each other one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Collective:
       devices: in a group, or 2 for a permutation.
       group: ids of one group, positions in the mesh.
       times: executions.
-      payload_bytes: of one execution: the gathered or the reduced array, or what one device sends.
-      wire_bytes: what a device sends in all executions, on a ring: (n-1)/n of the payload for a gather or a scatter, twice
-        that for an all-reduce.
+      payload_bytes: of one execution: the gathered or the reduced array, or what one device sends. Of a ragged-all-to-all
+        the smaller of its two buffers, an upper bound: what is sent is known only when it runs.
+      wire_bytes: what a device sends in all executions, on a ring: (n-1)/n of the payload for a gather, a scatter or an
+        all-to-all (whose rows are taken to be for all devices alike), twice that for an all-reduce.
       is_hidden: whether it is asynchronous, with arithmetic between its start and its end.
     """
 
@@ -49,8 +51,8 @@ class Collective:
         return tuple(name for name, row in zip(names, places, strict=True) if len(set(row.tolist())) > 1)
 
 
-def find(module: Module) -> list[Collective]:
-    """All collectives that are executed."""
+def find(module: Module, *, rare: Sequence[str] = ()) -> list[Collective]:
+    """All collectives that are executed, but for those in the scopes `rare`, see `work.measure`."""
     found: list[Collective] = []
     chains: dict[tuple[int, str, str, float], int] = {}
     for computation, instruction, times in module.walk():
@@ -58,6 +60,8 @@ def find(module: Module) -> list[Collective]:
             continue  # `walk` goes into what it calls
         hidden = _is_hidden(module, computation, instruction) if _may_hide(instruction) else False
         for inner, each in _inside(module, computation, instruction):
+            if any(f"/{scope}/" in each.source for scope in rare):
+                continue
             made = _collective(inner, each, times, hidden, module.partitions)
             # A TPU's asynchronous fusions write one collective several times: its start, its steps, its end.
             chain = each.attribute(r'chain_id="?(\w+)')
@@ -139,8 +143,8 @@ def _collective(
         share *= 2
     elif kind in ("collective-permute", "collective-broadcast"):
         share = 1.0
-    elif kind == "ragged-all-to-all":  # the whole send buffer: an upper bound
-        payload = nbytes(computation.operand_types(instruction)[0])
+    elif kind == "ragged-all-to-all":  # sizes are known only when it runs: no more rows than either buffer holds
+        payload = min(map(nbytes, computation.operand_types(instruction)[:2]))
     return Collective(
         kind, instruction.name, instruction.source, devices, group, times, payload, share * payload * times, hidden
     )

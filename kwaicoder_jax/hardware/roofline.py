@@ -125,7 +125,7 @@ def analyze(
       rare: see `work.measure`.
     """
     module = hlo.parse(compiled.as_text())
-    executed, found = work.measure(module, kernel_work, rare=rare), collectives.find(module)
+    executed, found = work.measure(module, kernel_work, rare=rare), collectives.find(module, rare=rare)
     stats = compiled.memory_analysis()
     memory = {
         "arguments": stats.argument_size_in_bytes,
@@ -154,7 +154,8 @@ def _traffic(found: Sequence[collectives.Collective], machine: Topology, mesh: M
     devices, sizes = mesh.devices.reshape(-1), tuple(mesh.shape.values())
     groups = collections.defaultdict(list)
     for each in found:
-        seconds = each.wire_bytes / machine.bandwidth([devices[i] for i in each.group])
+        members, pairwise = [devices[i] for i in each.group], each.kind in collectives.PAIRWISE
+        seconds = each.wire_bytes / machine.bandwidth(members, pairwise=pairwise)
         groups[each.kind, each.axes(mesh.axis_names, sizes)].append((each, seconds))
     made = [
         Traffic(

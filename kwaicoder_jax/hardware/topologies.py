@@ -45,21 +45,30 @@ class Topology:
     shape: tuple[int, ...]
     rings: tuple[bool, ...]
 
-    def bandwidth(self, members: Sequence[Any]) -> float:
+    def bandwidth(self, members: Sequence[Any], *, pairwise: bool = False) -> float:
         """Bytes per second that each of these devices can send in a collective among them.
 
         On a torus: the links of the axes along which they differ, half of them where such an axis is no ring.
+
+        Args:
+          members: devices of jax.
+          pairwise: whether every device has other bytes for each other one (all-to-all), which pass by those between:
+            of L devices along an axis a quarter of all bytes crosses its middle in each direction, by two links where
+            it is a ring, so that what each sends takes L/4 times as long as on its own links.
         """
         if not self.chip.torus_axes:
             hosts = {device.process_index for device in members}
             return self.chip.link_bandwidth if len(hosts) == 1 else self.chip.network_bandwidth
         places = [device.coords for device in members]
-        total = 0.0
+        total, slowest = 0.0, 0.0
         for axis in range(min(len(self.shape), self.chip.torus_axes)):
             along = {place[axis] for place in places}
             if len(along) > 1:
                 closed = self.rings[axis] and len(along) == self.shape[axis]
-                total += self.chip.link_bandwidth / self.chip.torus_axes * (1.0 if closed else 0.5)
+                here = self.chip.link_bandwidth / self.chip.torus_axes * (1.0 if closed else 0.5)
+                total, slowest = total + here, max(slowest, len(along) / 4 / here)
+        if pairwise and slowest:
+            return (len(members) - 1) / len(members) / slowest
         return total or self.chip.link_bandwidth
 
 

@@ -165,6 +165,7 @@ class Dispatch(enum.StrEnum):
 
     WEIGHTS = "weights"  # the weights of all experts come to the tokens: bytes do not grow with the batch
     TOKENS = "tokens"  # a gather of tokens and a scatter of outputs: bytes do not grow with the experts
+    EXCHANGE = "exchange"  # each token to the devices of its experts: bytes do not grow with the devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,8 +178,8 @@ class Runtime:
       attention: back end of attention, see `attention_ops.AttentionBackend`.
       experts: back end of the grouped matmul, see `kernels.grouped_matmul.Backend`.
       dispatch: a value of Dispatch.
-      expert_buffer: with Dispatch.TOKENS, rows that a device works on at once, over those of even routing. What is
-        beyond is done in further passes, with work done twice.
+      expert_buffer: with Dispatch.TOKENS and EXCHANGE, rows that a device works on at once, over those of even routing.
+        What is beyond is done in further passes, with work done twice.
       scatter_stage: devices among which a gradient of experts is scattered at a time, see `mesh_axes.gathered`; 0 for
         all that hold a part.
       platform: what "auto" chooses for ("cpu", "tpu", "gpu"); None for plain XLA.

@@ -1,6 +1,7 @@
 """The mixture layer: a float32 router, exact top-k with lowest-index ties, dropless experts."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 from kernels import grouped_matmul, routing
 from kwaicoder_jax.models import expert_biases, expert_statistics
 from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
+from kwaicoder_jax.models.expert_capacity import capped_experts
+from kwaicoder_jax.models.expert_exchange import exchanged_experts
 from kwaicoder_jax.models.expert_sharding import expert_shares, neuron_axis, on_each_shard, tokens_to_experts
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.layers import DenseMLP, declare, declare_bias, project
-from kwaicoder_jax.models.mesh_axes import cast, context_shares, flat, token_mesh, unflat
+from kwaicoder_jax.models.mesh_axes import cast, context_shares, flat, token_axes, token_mesh, unflat
 from kwaicoder_jax.models.statistics import recording, store
 
 
@@ -31,6 +34,7 @@ class RouterStatistics:
       confidence: mean of the largest combine weight.
       sequence_balance: E/X * sum over experts of load * probability, both of one row, and its mean over rows by their tokens
         (DeepSeek-V3, 2412.19437, section 2.1.2): 1 if even. Differentiable.
+      dropped: share of the tokens' choices that found no place at their expert; None without a capacity.
     """
 
     load_E: jax.Array
@@ -39,6 +43,7 @@ class RouterStatistics:
     entropy: jax.Array
     confidence: jax.Array
     sequence_balance: jax.Array
+    dropped: jax.Array | None = None
 
 
 _Router = tuple[jax.Array, jax.Array | None, jax.Array | None]  # logits, what to rank by [M, E]; for statistics mask_M
@@ -137,10 +142,14 @@ def _sequence_balance(
 
 
 class MoE(nn.Module):
-    """y = sum over the X selected experts of weight * expert(x); each expert is a SwiGLU of `experts.mlp_dim` neurons."""
+    """y = sum over the X selected experts of weight * expert(x); each expert is a SwiGLU of `experts.mlp_dim` neurons.
+
+    With a `capacity_factor` experts take so many rows of a sequence, over those of even routing, and drop what is beyond.
+    """
 
     config: ModelConfig
     runtime: Runtime
+    capacity_factor: float | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, RouterStatistics]:
@@ -189,9 +198,17 @@ class MoE(nn.Module):
 
         mask_M = flat(mask_BT, mesh)
         router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
-        if not wanted and self.runtime.dispatch is Dispatch.TOKENS and expert_shares(mesh, e.num_experts) > 1:
+        dropped = None
+        if self.capacity_factor is not None:
             choice = choose_experts(logits_ME, e, router[1])
             rest: _Rest = (choice, None)
+            y_MD, dropped = capped_experts(
+                mesh, choice[:2], x_MD, weights, mask_BT, factor=self.capacity_factor,
+                gather_weights=self.runtime.dispatch is Dispatch.WEIGHTS, stage=self.runtime.scatter_stage,
+            )  # fmt: skip
+        elif not wanted and self.runtime.dispatch is not Dispatch.WEIGHTS and expert_shares(mesh, e.num_experts) > 1:
+            choice = choose_experts(logits_ME, e, router[1])
+            rest = (choice, None)
             y_MD = self._by_tokens(mesh, choice[:2], x_MD, weights)
         else:
             y_MD, rest = on_each_shard(
@@ -203,6 +220,7 @@ class MoE(nn.Module):
         y_MD = y_MD[:, : c.model_dim] if e.bias else y_MD
         in_rows = functools.partial(unflat, batch=x_BTD.shape[0], mesh=mesh)
         statistics = router_statistics(logits_ME, weight_MX, index_MX, probability_ME, mask_M, in_rows)
+        statistics = statistics.replace(dropped=dropped)  # type: ignore[attr-defined]
         if sums is not None:
             output_E, neurons = expert_statistics.reduce(jax.tree.map(in_rows, sums), in_rows(index_MX), mask_BT)
             store(self, "experts", output_E)
@@ -214,13 +232,17 @@ class MoE(nn.Module):
         """Expert parallelism: each device computes its own experts, for the tokens of its expert group."""
         e = self.config.experts
         assert e is not None
-        even = x_MD.shape[0] * e.experts_per_token // mesh.size  # rows of a device if routing is even
+        # Rows of a device if routing is even; devices along other axes work on other parts of the same rows.
+        even = x_MD.shape[0] * e.experts_per_token // math.prod(mesh.shape[axis] for axis in token_axes(mesh))
         rows = -(-int(even * self.runtime.expert_buffer) // 512) * 512
+        backend, stage = self.runtime.experts, self.runtime.scatter_stage
+        if self.runtime.dispatch is Dispatch.EXCHANGE:
+            return exchanged_experts(mesh, choice, x_MD, *weights, rows=rows, backend=backend, stage=stage)
 
         def local(x_MD: jax.Array, choice: tuple[jax.Array, jax.Array], *weights: Any) -> jax.Array:
-            return grouped_matmul.local_expert_mlp(x_MD, *choice, *weights, rows=rows, backend=self.runtime.experts)
+            return grouped_matmul.local_expert_mlp(x_MD, *choice, *weights, rows=rows, backend=backend)
 
-        return tokens_to_experts(local, mesh, choice, x_MD, *weights, stage=self.runtime.scatter_stage)
+        return tokens_to_experts(local, mesh, choice, x_MD, *weights, stage=stage)
 
     def _biases(self) -> list[jax.Array]:
         """Of gate, up and down, in a compact call."""

@@ -138,6 +138,7 @@ def forward(
     cache: Cache | None = None,
     collect_layers: bool = False,
     statistics: bool = False,
+    capacity_factor: float | None = None,
 ) -> Output:
     """Runs the decoder. Segment 0 is padding; tokens see only their own segment, at or before their position.
 
@@ -151,8 +152,15 @@ def forward(
       cache: keys and values of earlier tokens; the new ones are added and the cache comes back in the output.
       collect_layers: also return the residual stream after each layer.
       statistics: also return the activation statistics that the modules record (see `models.statistics`).
+      capacity_factor: of a mixture in training: the rows that an expert takes of each sequence, over those of even
+        routing. What is beyond adds nothing to its token. None drops nothing, and is what a model is otherwise.
+
+    Raises:
+      ValueError: statistics of a mixture that drops tokens.
     """
-    model = Transformer(config, runtime or Runtime(), collect_layers)
+    if statistics and capacity_factor is not None:
+        raise ValueError("statistics are those of a model that drops nothing: leave out capacity_factor")
+    model = Transformer(config, runtime or Runtime(), collect_layers, capacity_factor)
     arguments = (inputs_BT, positions_BT, segments_BT, cache)
     if not statistics:
         return model.apply({"params": params}, *arguments)  # type: ignore[return-value]

@@ -45,6 +45,7 @@ class Layer(nn.Module):
     runtime: Runtime
     collect_layers: bool
     mixture: bool
+    capacity_factor: float | None = None
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, tokens: Tokens, own: tuple[LayerCache | None, jax.Array | None]):
@@ -62,7 +63,7 @@ class Layer(nn.Module):
         if not self.mixture:
             y_BTD = h_BTD + DenseMLP(c, c.mlp_dim, name="mlp")(normed_BTD, mask_BT)
         else:
-            mixed_BTD, router = MoE(c, self.runtime, name="moe")(normed_BTD, mask_BT)
+            mixed_BTD, router = MoE(c, self.runtime, self.capacity_factor, name="moe")(normed_BTD, mask_BT)
             y_BTD = h_BTD + mixed_BTD
         if recording(self):
             store(self, "influence", influence(x_BTD, y_BTD, mask_BT))
@@ -76,6 +77,7 @@ class Transformer(nn.Module):
     config: ModelConfig
     runtime: Runtime = Runtime()
     collect_layers: bool = False
+    capacity_factor: float | None = None
 
     @nn.compact
     def __call__(
@@ -130,7 +132,7 @@ class Transformer(nn.Module):
             length=length,
             unroll=self.runtime.scan_unroll or length,
             metadata_params={nn.PARTITION_NAME: name},
-        )(self.config, self.runtime, self.collect_layers, self._is_mixture(name), name=name)
+        )(self.config, self.runtime, self.collect_layers, self._is_mixture(name), self.capacity_factor, name=name)
 
     def _is_mixture(self, stack: str) -> bool:
         return self.config.experts is not None and stack == "layers"

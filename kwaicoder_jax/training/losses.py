@@ -1,6 +1,7 @@
 """The language-model loss with the balance losses of a mixture."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -23,17 +24,27 @@ class BalanceConfig:
       bias_rate: by how much the selection bias of each expert moves after a step, up for one that was used less than the
         mean and down for one that was used more (DeepSeek-V3, 2412.19437, section 2.1.2, gamma); for models with a
         router_bias. It needs no loss: set `load` to 0.
+      capacity_factor: rows that an expert takes of a sequence, over those of even routing; what is beyond adds nothing to
+        its token (GShard, 2006.16668; Switch, 2101.03961). None drops nothing. It holds for training steps alone:
+        validation and whatever comes later see the whole mixture.
     """
 
     load: float = 0.01
     z: float = 0.001
     sequence: float = 0.0
     bias_rate: float = 0.0
+    capacity_factor: float | None = None
 
     def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
+        for name in ("load", "z", "sequence", "bias_rate"):
+            value = getattr(self, name)
             if not value >= 0:
                 raise UserError(f"{value} is negative", where=f"balance.{name}", remedy="use 0 or more")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise UserError(
+                f"{self.capacity_factor} is no capacity", where="balance.capacity_factor",
+                remedy="use a number above 0, such as 1.25, or None to drop nothing",
+            )  # fmt: skip
 
 
 def load_balance_loss(router: models.RouterStatistics) -> jax.Array:
@@ -45,9 +56,10 @@ def load_balance_loss(router: models.RouterStatistics) -> jax.Array:
 
 
 def router_metrics(router: models.RouterStatistics) -> dict[str, jax.Array]:
-    """Metrics of a mixture: load by layer and expert as shares that sum to 1, and how uneven it is."""
+    """Metrics of a mixture: load by layer and expert as shares that sum to 1, how uneven it is, and what was dropped."""
     share_LE = router.load_E / jnp.maximum(jnp.sum(router.load_E, axis=-1, keepdims=True), 1e-6)
-    return {
+    dropped = {} if router.dropped is None else {"dropped_share": jnp.mean(router.dropped)}
+    return dropped | {
         "load_balance_loss": load_balance_loss(router),
         "sequence_balance_loss": jnp.mean(router.sequence_balance),
         "router_z_loss": jnp.mean(router.z),
@@ -59,8 +71,9 @@ def router_metrics(router: models.RouterStatistics) -> dict[str, jax.Array]:
 
 
 def run_model(
-    params: Any, config: models.ModelConfig, batch: Batch, runtime: models.Runtime, *, collect_layers: bool = False
-) -> models.Output:
+    params: Any, config: models.ModelConfig, batch: Batch, runtime: models.Runtime, *,
+    collect_layers: bool = False, capacity_factor: float | None = None,
+) -> models.Output:  # fmt: skip
     """A forward pass over a batch of the loader."""
     return models.forward(
         params,
@@ -70,6 +83,7 @@ def run_model(
         batch["segment_ids"],
         runtime=runtime,
         collect_layers=collect_layers,
+        capacity_factor=capacity_factor,
     )
 
 
@@ -81,7 +95,7 @@ def language_model_loss(
     Returns:
       The loss to minimise, and metrics: "loss" is the cross-entropy alone, nats per token; "tokens" counts the mask.
     """
-    output = run_model(params, config, batch, runtime)
+    output = run_model(params, config, batch, runtime, capacity_factor=balance.capacity_factor)
     tokens = jnp.sum(batch["loss_mask"])
     total = models.cross_entropy(output.hidden_BTD, models.projection(params), batch["targets"], batch["loss_mask"])
     cross_entropy = total / jnp.maximum(tokens, 1.0)

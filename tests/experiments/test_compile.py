@@ -111,6 +111,19 @@ def test_a_tiny_step_whose_time_is_split(tmp_path):
     assert sum(splash.values()) == pytest.approx(mixture.layers * 2 * 5 * (2 * 2 + 5) * block)
 
 
+@pytest.mark.slow
+def test_a_tiny_step_by_exchange_for_tpu(tmp_path):
+    arguments = ("--config.runtime.remat=full", "--config.mesh.expert=2", "--config.runtime.dispatch=exchange")
+    done = compile_tiny(tmp_path, "v5e:2x2", *arguments)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "compile/cpt/v5e_2x2/summary.json").read_text())
+    (ragged,) = [each for each in summary["collectives"] if each["kind"] == "ragged-all-to-all"]
+    # In each of two layers: there and back, there once more for the gradient, its own way there and back.
+    assert (ragged["axes"], ragged["count"]) == (["expert"], 2 * 5)
+    rows, width = 256 * 4, 256  # of a chip: 256 tokens, 4 experts each; half of them stay
+    assert ragged["wire_bytes"] == 2 * 5 * rows * width * 2 / 2
+
+
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 

@@ -1,7 +1,10 @@
 """What is read in compiled programs, against closed forms."""
 
+import types
+
 import pytest
 
+from kwaicoder_jax import hardware
 from kwaicoder_jax.hardware import hlo, work
 from tests.kwaicoder_jax.training import devices
 
@@ -77,6 +80,56 @@ def test_what_runs_behind_arithmetic_and_what_does_not():
     assert (first.name, first.is_hidden) == ("all-gather.1", True)
     assert (second.name, second.is_hidden) == ("all-gather.2", False)
     assert first.wire_bytes == 3 / 4 * 32 * 128 * 2
+
+
+# An exchange among pairs of four devices, as the TPU compiler writes it, shortened; another in a loop that hardly runs.
+RAGGED = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%rarely (c: (s32[], bf16[48,2,64])) -> (s32[], bf16[48,2,64]) {
+  %c = (s32[], bf16[48,2,64]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = bf16[48,2,64]{2,1,0} get-tuple-element(%c), index=1
+  %k = s32[2]{0} constant({1,1})
+  %again = bf16[48,2,64] ragged-all-to-all(%x, %x, %k, %k, %k, %k), GROUPS, FROMjit(step)/overflow/while/body/again"}
+  ROOT %next = (s32[], bf16[48,2,64]) tuple(%i, %again)
+}
+
+%goes_on (d: (s32[], bf16[48,2,64])) -> pred[] {
+  %d = (s32[], bf16[48,2,64]) parameter(0)
+  ROOT %more = pred[] constant(false)
+}
+
+ENTRY %main (a: bf16[32,2,64], b: bf16[48,2,64], n: s32[2]) -> (s32[], bf16[48,2,64]) {
+  %a = bf16[32,2,64]{2,1,0} parameter(0)
+  %b = bf16[48,2,64]{2,1,0} parameter(1)
+  %n = s32[2]{0} parameter(2)
+  %there = bf16[48,2,64] ragged-all-to-all(%a, %b, %n, %n, %n, %n), GROUPS, FROMjit(step)/there"}
+  %zero = s32[] constant(0)
+  %start = (s32[], bf16[48,2,64]) tuple(%zero, %there)
+  ROOT %loop = (s32[], bf16[48,2,64]) while(%start), condition=%goes_on, body=%rarely
+}
+""".replace("GROUPS", "channel_id=1, replica_groups={{0,1},{2,3}}").replace("FROM", 'metadata={op_name="')
+
+
+def test_rows_of_unknown_number_count_as_the_smaller_buffer():
+    from kwaicoder_jax.hardware import collectives
+
+    (one,) = collectives.find(hlo.parse(RAGGED), rare=("overflow",))
+    assert (one.kind, one.axes(("fsdp", "expert"), (2, 2)), one.is_hidden) == ("ragged-all-to-all", ("expert",), False)
+    assert (one.payload_bytes, one.wire_bytes) == (32 * 128 * 2, 32 * 128 * 2 / 2)
+    assert [each.name for each in collectives.find(hlo.parse(RAGGED))] == ["there", "again"]
+
+
+@pytest.mark.parametrize(("length", "closes"), [(4, True), (16, True), (4, False), (2, False)])
+def test_an_all_to_all_is_bound_by_the_links_in_the_middle(length, closes):
+    """Each half has a half of its bytes for the other: of `length`/2 devices, over one link, or two where it is a ring."""
+    chip = hardware.chip("v5e")
+    machine = hardware.Topology("line", chip, (), (length, 16), (closes, True))
+    members = [types.SimpleNamespace(coords=(place, 3)) for place in range(length)]
+    link = chip.link_bandwidth / 4  # of a 2D torus, in one direction
+    seconds = length / 2 * 1 / 2 / (link * (2 if closes else 1))  # of a payload of one byte
+    assert (length - 1) / length / machine.bandwidth(members, pairwise=True) == pytest.approx(seconds)
+    assert machine.bandwidth(members) == (2 if closes else 1) * link
 
 
 def test_kernels_count_by_their_estimate_or_by_what_the_caller_knows():

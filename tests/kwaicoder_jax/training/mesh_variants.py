@@ -19,11 +19,11 @@ MESHES = {
     ],
     "moe": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, expert=2, context=2)],
     "tokens": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, fsdp=4, expert=2)],
+    "exchange": [MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, expert=2, context=2)],
 }  # fmt: skip
 RUNTIMES = {
-    "tokens": models.Runtime(
-        dispatch=models.Dispatch.TOKENS, expert_buffer=1.0, scatter_stage=2, remat=models.Remat.PROJECTIONS
-    )
+    str(dispatch): models.Runtime(dispatch=dispatch, expert_buffer=1.0, scatter_stage=2, remat=models.Remat.PROJECTIONS)
+    for dispatch in (models.Dispatch.TOKENS, models.Dispatch.EXCHANGE)
 }
 
 
@@ -74,8 +74,8 @@ def shards(config: models.ModelConfig) -> dict[str, list[int]]:
 
 def main() -> None:
     result: dict[str, Any] = {"shards": {"dense": shards(DENSE), "moe": shards(MOE)}, "errors": {}}
-    for kind, config in (("dense", DENSE), ("moe", MOE), ("tokens", MOE)):
-        if kind != "tokens":
+    for kind, config in (("dense", DENSE), ("moe", MOE), ("tokens", MOE), ("exchange", MOE)):
+        if kind not in RUNTIMES:
             one = step_on(config, MeshConfig(data=1))
         for mesh in MESHES[kind]:
             other = step_on(config, mesh, RUNTIMES.get(kind))
