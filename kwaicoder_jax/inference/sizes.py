@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from kwaicoder_jax import models
 from kwaicoder_jax.inference.requests import Generation
 
 SMALLEST_PROMPT = 32  # slots; below it another compiled program costs more than the padding
@@ -15,6 +16,12 @@ PATIENCE = 64  # steps that a cache is twice too large before it shrinks
 def bucket(length: int, smallest: int = 1) -> int:
     """The compiled size that holds `length`: the next power of two, at least `smallest`."""
     return max(smallest, 1 << (length - 1).bit_length())
+
+
+def prompt_chunk(config: models.ModelConfig, slots: int) -> int:
+    """Tokens that are run at once of prompts of so many slots."""
+    # Frequencies that depend on a document's length want all of it at once.
+    return slots if models.is_dynamic(config) else min(slots, PREFILL_CHUNK)
 
 
 class Sizes:
