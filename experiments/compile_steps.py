@@ -21,12 +21,14 @@ class Step:
       arguments: shapes with shardings.
       mesh: over the machine.
       model_flops: of one step, of all chips.
+      keywords: more arguments, by name.
     """
 
     function: Any
     arguments: tuple[Any, ...]
     mesh: Mesh
     model_flops: float
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make(context: Context, step: str, machine: hardware.Topology) -> Step:

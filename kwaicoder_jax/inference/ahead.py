@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.inference import decoding
 from kwaicoder_jax.inference.cache import storage_dtype
@@ -46,7 +45,9 @@ class Load:
             raise UserError(what, where="prompt_tokens", remedy="use fewer, or a longer cache")
         sizes = Sizes(rows, cache_tokens, 1, True, 1 if placement is None else placement.row_shares)
         prompt_slots = sizes.prompt_slots(prompt_tokens)
-        return cls(sizes.max_rows, bucket(cache_tokens, SMALLEST_CACHE), prompt_slots, prompt_chunk(config, prompt_slots))
+        return cls(
+            sizes.max_rows, bucket(cache_tokens, SMALLEST_CACHE), prompt_slots, prompt_chunk(config, prompt_slots)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,11 +35,12 @@ class Sizes:
         self.max_rows = row_shares * bucket(-(-max_rows // row_shares))
         self._max_slots, self._ahead = bucket(max_tokens, SMALLEST_CACHE), ahead
         self._fewest = self.max_rows if fixed_rows else row_shares
+        self._smallest_prompt = max(SMALLEST_PROMPT, bucket(row_shares))  # every device has a token to work on
         self._idle = 0  # steps for which less would have done
 
     def prompt_slots(self, length: int) -> int:
         """Slots to run a prompt in."""
-        return bucket(length, SMALLEST_PROMPT)
+        return bucket(length, self._smallest_prompt)
 
     def prompts_together(self, slots: int, wanted: int) -> int:
         """How many of the `wanted` prompts of `slots` slots are run as one: few choices, and not more tokens than fit."""

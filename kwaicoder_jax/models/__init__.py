@@ -4,7 +4,7 @@ from kwaicoder_jax.models.attention import Cache
 from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
 from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
-from kwaicoder_jax.models.flops import forward_flops_per_token, train_flops_per_token
+from kwaicoder_jax.models.flops import decode_flops_per_token, forward_flops_per_token, train_flops_per_token
 from kwaicoder_jax.models.moe import RouterStatistics, choose_experts
 from kwaicoder_jax.models.parameters import (
     Declaration,
@@ -53,6 +53,7 @@ __all__ = [
     "count_active",
     "cross_entropy",
     "declarations",
+    "decode_flops_per_token",
     "empty_cache",
     "flatten",
     "forward",

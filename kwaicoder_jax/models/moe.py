@@ -154,7 +154,8 @@ class MoE(nn.Module):
         gate_EDF = declare(self, "gate", in_shape, in_axes, init, c.param_dtype)
         up_EDF = declare(self, "up", in_shape, in_axes, init, c.param_dtype)
         down_EFD = declare(self, "down", out_shape, out_axes, out_init, c.param_dtype)
-        mesh = token_mesh(x_BTD, x_BTD.shape[0])
+        # Statistics are of whole rows. Otherwise the tokens of few rows are shared too: a prompt's, before it has a row.
+        mesh = token_mesh(x_BTD, x_BTD.shape[0] if recording(self) else x_BTD.shape[0] * x_BTD.shape[1])
         weights: Any = tuple(cast(weight, c.dtype, mesh) for weight in (gate_EDF, up_EDF, down_EFD))
 
         x_MD = x_BTD.reshape(-1, c.model_dim)
