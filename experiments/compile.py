@@ -15,11 +15,11 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, compile_generate, compile_kernels, compile_search, compile_steps, loading
+from experiments import command, compile_generate, compile_kernels, compile_search, compile_steps
 from experiments.contract import Context, Stage
 from experiments.display import Display
 from experiments.stopping import Stop
-from experiments.training_stage import runtime_of
+from experiments.training_stage import runtime_from, runtime_of
 from kernels.grouped_matmul.local_experts import OVERFLOW
 from kwaicoder_jax import files, hardware
 from kwaicoder_jax.errors import UserError
@@ -79,7 +79,7 @@ def compile_engine(context: Context, machine: hardware.Topology, text: str | Non
     """Compiles what `generate` runs; returns the summary keys, those of the decode step first, and what a person reads."""
     named = flags.FLAGS
     engine = compile_generate.make(context, machine, named.rows, named.cache_tokens, named.prompt_tokens)
-    kernel_work = compile_kernels.kernel_work(loading.runtime_of(context.config))
+    kernel_work = compile_kernels.kernel_work(runtime_from(context.config))
     remedy = "more chips along mesh.tensor or expert, or lower --rows, --cache_tokens"
     summaries, reports, shown = {}, {}, []
     for name, made in engine.steps.items():

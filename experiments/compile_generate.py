@@ -15,7 +15,7 @@ from absl import flags
 from experiments import fields, loading, recipe_models, sections
 from experiments.compile_steps import Step
 from experiments.contract import Context
-from experiments.training_stage import build, placement_of
+from experiments.training_stage import build, placement_of, runtime_from
 from kwaicoder_jax import hardware, inference, models, training
 from kwaicoder_jax.hardware import roofline
 
@@ -55,7 +55,7 @@ def make(context: Context, machine: hardware.Topology, rows: int | None, cache: 
     fields.check(fields.of_class(sections.Generate), section, NAME)
     mesh = training.make_mesh(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"), machine.devices)
     config = loading.in_dtype(recipe_models.model_before(context.config, NAME), section)
-    placement, runtime = placement_of(mesh), loading.runtime_of(context.config)
+    placement, runtime = placement_of(mesh), runtime_from(context.config)
     load = inference.ahead.Load.of(config, section["max_rows"] if rows is None else rows, cache, prompt, placement)
     params = training.abstract_params(config, mesh)
     calls = inference.ahead.calls(params, config, load, form=section["form"], runtime=runtime, placement=placement)

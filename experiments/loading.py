@@ -10,7 +10,7 @@ from absl import flags
 
 from experiments.contract import WITH_CHECKPOINT
 from experiments.export_hf import find_tokenizer
-from experiments.training_stage import build, check_finite, placement_of
+from experiments.training_stage import build, check_finite, placement_of, runtime_from
 from kwaicoder_jax import checkpoints, data, huggingface, inference, models, training
 from kwaicoder_jax.errors import UserError
 
@@ -93,7 +93,7 @@ def load(config: Mapping[str, Any], name: str, workdir: Any = None) -> Loaded:
     mesh = training.make_mesh(build(training.MeshConfig, config["mesh"], "mesh")) if config.get("mesh") else None
     if mesh is not None and mesh.size == 1:
         mesh = None
-    runtime = runtime_of(config)
+    runtime = runtime_from(config)
     place = _place(config, name, workdir)
     opened = _open_foreign(place, section, mesh) if _is_foreign(place) else _open_own(place, section, mesh)
     shape, params, tokenizer, ends, begins = opened
@@ -167,11 +167,6 @@ def _generation_config(source: huggingface.Source) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{name} is not JSON ({error})", where=source.name, remedy="fetch it again") from error
     return values if isinstance(values, dict) else {}
-
-
-def runtime_of(config: Mapping[str, Any]) -> models.Runtime:
-    """How a tool's model is computed."""
-    return build(models.Runtime, config.get("runtime", {}), "runtime")
 
 
 def in_dtype(config: models.ModelConfig, section: Mapping[str, Any]) -> models.ModelConfig:

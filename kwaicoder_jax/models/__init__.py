@@ -20,6 +20,7 @@ from kwaicoder_jax.models.parameters import (
     init,
     unflatten,
 )
+from kwaicoder_jax.models.quantization import Quantization
 from kwaicoder_jax.models.remat import Remat
 from kwaicoder_jax.models.rotary import is_dynamic
 from kwaicoder_jax.models.statistics import sequence_statistics
@@ -38,6 +39,7 @@ __all__ = [
     "Output",
     "Params",
     "QkNorm",
+    "Quantization",
     "Remat",
     "RopeKind",
     "RopeScaling",

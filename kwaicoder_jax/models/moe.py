@@ -231,7 +231,7 @@ class MoE(nn.Module):
         """The always-on expert, in a compact call."""
         c, e = self.config, self.config.experts
         assert e is not None
-        y_BTD = DenseMLP(c, e.shared_mlp_dim, "shared_mlp", name="shared")(x_BTD, mask_BT)
+        y_BTD = DenseMLP(c, self.runtime, e.shared_mlp_dim, "shared_mlp", name="shared")(x_BTD, mask_BT)
         if not e.shared_gate:
             return y_BTD
         init = nn.initializers.normal(c.initializer_range)
