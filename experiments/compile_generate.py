@@ -20,6 +20,7 @@ from kwaicoder_jax import hardware, inference, models, training
 from kwaicoder_jax.hardware import roofline
 
 NAME = "generate"
+ROUTED = ("moe/gate", "moe/up", "moe/down")  # weights of routed experts, by their paths in a layer
 PREFIXES = 4  # prompts that an engine keeps when they were run, see `inference.Engine`
 
 
@@ -40,6 +41,8 @@ class Engine:
       tokens: that each of them runs.
       rows_bytes: of all rows' caches, per chip.
       prefix_bytes: of one prompt's.
+      least_bytes: that each program has to read, per chip: the weights that even routing hits, and the caches.
+      peak_flops: of a chip, in the form that the weights have.
     """
 
     load: inference.ahead.Load
@@ -47,6 +50,8 @@ class Engine:
     tokens: Mapping[str, int]
     rows_bytes: int
     prefix_bytes: int
+    least_bytes: Mapping[str, float]
+    peak_flops: float
 
 
 def make(context: Context, machine: hardware.Topology, rows: int | None, cache: int, prompt: int) -> Engine:
@@ -69,17 +74,33 @@ def make(context: Context, machine: hardware.Topology, rows: int | None, cache: 
         name: Step(call.function, (), mesh, per_token[name] * tokens[name], call.arguments)
         for name, call in calls.items()
     }
-    held = (calls["decode"].arguments["rows"].cache, calls["prefill"].arguments["prefix"].cache)
-    return Engine(load, steps, tokens, *map(_bytes_per_chip, held))
+    caches = {
+        "prefill": _bytes_per_chip(calls["prefill"].arguments["prefix"].cache),
+        "decode": _bytes_per_chip(calls["decode"].arguments["rows"].cache),
+    }
+    weights, chip = calls["decode"].arguments["weights"], machine.chip
+    least = {name: caches[name] + _weights_read(weights, config, tokens[name]) for name in calls}
+    peak = chip.bf16_flops if section["form"] == inference.Form.FLOAT else chip.peak("s8")
+    return Engine(load, steps, tokens, caches["decode"], caches["prefill"], least, peak)
+
+
+def _weights_read(weights: inference.Weights, config: models.ModelConfig, tokens: int) -> float:
+    """Bytes per chip of the weights that so many tokens read if they choose their experts evenly."""
+    total = float(_bytes_per_chip(weights))
+    if not weights.tied:
+        total -= _bytes_per_chip(weights.rest["embedding"])  # rows of it are looked up
+    if config.experts is not None:
+        missed = (1 - config.experts.experts_per_token / config.experts.num_experts) ** tokens
+        layers = [layer for stack in weights.stacks.values() for layer in stack.arrays]
+        total -= missed * sum(_bytes_per_chip(layer[path]) for layer in layers for path in ROUTED if path in layer)
+    return total
 
 
 def summary_of(engine: Engine, reports: Mapping[str, roofline.Roofline]) -> dict[str, Any]:
     """The keys that this step has beside those of every step, see docs/summary_keys.md."""
     kept = PREFIXES * engine.prefix_bytes
     held = max(reports["decode"].hbm_bytes + kept, reports["prefill"].hbm_bytes + engine.rows_bytes + kept)
-    speed = {
-        f"{name}_tokens_per_second_bound": engine.tokens[name] / report.seconds for name, report in reports.items()
-    }
+    speed = {f"{name}_tokens_per_second_bound": _speed(engine, name, report) for name, report in reports.items()}
     return {
         "fits": held <= (1 - roofline.SPARE) * reports["decode"].capacity,
         "engine_bytes_per_chip": held,
@@ -87,6 +108,16 @@ def summary_of(engine: Engine, reports: Mapping[str, roofline.Roofline]) -> dict
         **speed,
         **dataclasses.asdict(engine.load),
     }
+
+
+def _speed(engine: Engine, name: str, report: roofline.Roofline) -> float:
+    """Tokens per second that no run exceeds whose routing is even: without tiles that are computed or read in vain.
+
+    Model FLOPs, or the bytes that have to be read, and the collectives that are waited for.
+    """
+    read = engine.least_bytes[name] / report.hbm_bandwidth
+    seconds = max(report.model_flops / engine.peak_flops, read, report.hidden_seconds) + report.exposed_seconds
+    return engine.tokens[name] / seconds
 
 
 def table(engine: Engine, reports: Mapping[str, roofline.Roofline]) -> str:

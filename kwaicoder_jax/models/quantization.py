@@ -61,7 +61,10 @@ def _product(left_MJ: jax.Array, right: jax.Array, kinds: tuple[Any, Any], axis:
 
     operands = [
         qwix.quantize(
-            x.astype(jnp.float32), kind, channelwise_axes=[1 - contracted], calibration_method=_RANGE.get(kind, "absmax")
+            x.astype(jnp.float32),
+            kind,
+            channelwise_axes=[1 - contracted],
+            calibration_method=_RANGE.get(kind, "absmax"),
         )
         for x, kind, contracted in ((left_MJ, kinds[0], 1), (right, kinds[1], axis))
     ]

@@ -131,11 +131,15 @@ def test_quantised_gradients_are_near():
 def test_without_qwix(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "qwix" else find(name, *rest))
-    with pytest.raises(UserError, match=r"^runtime.quantization: int8 needs qwix; pip install qwix==0.1.8, or use none$"):
+    with pytest.raises(
+        UserError, match=r"^runtime.quantization: int8 needs qwix; pip install qwix==0.1.8, or use none$"
+    ):
         Runtime(quantization="int8")
     Runtime()
 
 
 def test_a_choice_that_there_is_not():
-    with pytest.raises(UserError, match=r"runtime.quantization: no choice 'int4'|no choice 'int4'.*use none, int8, fp8"):
+    with pytest.raises(
+        UserError, match=r"runtime.quantization: no choice 'int4'|no choice 'int4'.*use none, int8, fp8"
+    ):
         Runtime(quantization="int4")
