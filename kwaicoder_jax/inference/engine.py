@@ -177,7 +177,7 @@ class Engine:
             self._begun = (prompts, self._programs.empty_prefix(slots=slots, length_P=lengths_P), 0)
         prompts, prefix, start = self._begun
         slots = self._sizes.prompt_slots(len(prompts[0]))
-        chunk = prompt_chunk(self.config, slots)
+        chunk = prompt_chunk(self.config, slots, PREFILL_CHUNK)
         padded_PS = np.zeros((len(prompts), slots), np.int32)
         for row, prompt in enumerate(prompts):
             padded_PS[row, slots - len(prompt) :] = prompt

@@ -18,10 +18,10 @@ def bucket(length: int, smallest: int = 1) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
-def prompt_chunk(config: models.ModelConfig, slots: int) -> int:
+def prompt_chunk(config: models.ModelConfig, slots: int, most: int = PREFILL_CHUNK) -> int:
     """Tokens that are run at once of prompts of so many slots."""
     # Frequencies that depend on a document's length want all of it at once.
-    return slots if models.is_dynamic(config) else min(slots, PREFILL_CHUNK)
+    return slots if models.is_dynamic(config) else min(slots, most)
 
 
 class Sizes:

@@ -11,7 +11,7 @@ from kwaicoder_jax import inference, models, testing, training
 from kwaicoder_jax.inference import ahead
 from kwaicoder_jax.training import MeshConfig
 
-CONFIG = testing.dense_config(vocab_size=94, layers=2, heads=4, kv_heads=2, mlp_dim=44).replace(
+CONFIG = testing.dense_config(vocab_size=94, layers=1, heads=4, kv_heads=2, mlp_dim=44).replace(
     experts=models.ExpertsConfig(6, 2, 24)
 )
 RUNTIME = models.Runtime(dispatch="tokens")
@@ -56,7 +56,6 @@ def main() -> None:
                 *differences(prefix, calls["prefill"].arguments["prefix"]),
             ],
             "same_program": calls["decode"].lower().as_text() == real.as_text(),
-            "compiled": {name: call.lower().compile().memory_analysis() is not None for name, call in calls.items()},
         }  # fmt: skip
     print(json.dumps(result))
 

@@ -92,21 +92,22 @@ def products(config, runtime, *, gradient=False):
 CONFIGS = testing.small_configs() | testing.family_configs()
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [("dense", 4 + 3), ("moe_topk_softmax", 4), ("moe_shared_gate", 4 + 3), ("deepseek_v2", 2 * 4 + 3 + 3)],
-)
+ONE_LAYER = {"dense": 4 + 3, "moe_topk_softmax": 4, "moe_shared_gate": 4 + 3}
+
+
+@pytest.mark.parametrize(("name", "count"), [*ONE_LAYER.items(), ("deepseek_v2", 2 * 4 + 3 + 3)])
 def test_every_dense_projection_and_nothing_else(name, count):
     """Queries, keys, values, output; gate, up, down of dense and shared MLPs (deepseek_v2: one stack of each). No router,
     no routed expert, no gate of a shared one, no vocabulary."""
-    assert products(CONFIGS[name], Runtime(quantization="int8")) == count
-    assert products(CONFIGS[name], Runtime(quantization="fp8")) == count
-    assert products(CONFIGS[name], Runtime()) == 0
+    config = CONFIGS[name].replace(layers=1) if name in ONE_LAYER else CONFIGS[name]
+    kind = "fp8" if name == "dense" else "int8"
+    assert products(config, Runtime(quantization=kind)) == count
 
 
 def test_gradients_of_inputs_and_not_of_weights():
     config = CONFIGS["dense"]
     plain, quantised = (Runtime(quantization="int8", quantize_gradients=wanted) for wanted in (False, True))
+    assert products(config, Runtime()) == products(config, Runtime(), gradient=True) == 0
     assert products(config, plain, gradient=True) == 7
     assert products(config, quantised, gradient=True) == 14
     again = dataclasses.replace(quantised, remat="full")  # the forward pass once more, but for the product that ends it
@@ -114,18 +115,18 @@ def test_gradients_of_inputs_and_not_of_weights():
 
 
 def test_quantised_gradients_are_near():
-    """Half a step of 8 bits in every operand, over three layers: a tenth of the gradient at most, in the same direction."""
-    config = CONFIGS["dense"]
+    """Half a step of 8 bits in every operand turns the gradient by some degrees, and does turn it."""
+    config = CONFIGS["dense"].replace(layers=1)
     params = testing.random_params(config)
     (exact, _), (near, _) = (
         traced(config, runtime, gradient=True)
         for runtime in (Runtime(), Runtime(quantization="int8", quantize_gradients=True))
     )
+    found = models.flatten(near(params))
     for name, expected in models.flatten(exact(params)).items():
-        got = models.flatten(near(params))[name] if name.endswith("gate") else None
-        if got is not None:
-            cosine = np.vdot(got, expected) / np.linalg.norm(got) / np.linalg.norm(expected)
-            assert 0.98 < cosine < 0.999999, name
+        cosine = np.vdot(found[name], expected) / np.linalg.norm(found[name]) / np.linalg.norm(expected)
+        assert cosine > 0.98, name
+        assert cosine < 0.999999 or not name.endswith(("gate", "query", "out")), name
 
 
 def test_without_qwix(monkeypatch):
