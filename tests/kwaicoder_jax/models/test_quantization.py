@@ -13,6 +13,7 @@ import pytest
 from kwaicoder_jax import models, testing
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models import Quantization, Runtime, quantization
+from tests.kwaicoder_jax.training import devices
 
 # The largest number of each type.
 INT8, E4M3, E5M2 = (None, 127.0), (ml_dtypes.float8_e4m3fn, 448.0), (ml_dtypes.float8_e5m2, 57344.0)
@@ -79,7 +80,7 @@ def traced(config, runtime, *, gradient=False):
         hidden = models.forward(params, config, *inputs, runtime=runtime).hidden_BTD
         return models.cross_entropy(hidden, models.projection(params), batch["targets"], batch["loss_mask"])
 
-    return jax.jit(jax.grad(loss) if gradient else loss), models.abstract(config)
+    return jax.jit(jax.grad(loss) if gradient else loss, compiler_options=devices.QUICK), models.abstract(config)
 
 
 def products(config, runtime, *, gradient=False):
