@@ -62,10 +62,10 @@ def losses(**options):
 
 @pytest.mark.slow
 def test_the_loss_of_the_demos_model_stays_near():
-    """Within 0.03 nats of the unquantised run over the last ten of 60 steps, on the way from 5.5 nats to 2."""
+    """Within 0.03 nats of the unquantised run over the last ten of 60 steps, on the way from 5.6 nats to 1.0."""
     exact = losses()
     assert exact[0] > 5
-    assert exact[-10:].mean() < 4
+    assert exact[-10:].mean() < 1.5
     for quantization in ("int8", "fp8"):
         for gradients in (False, True):
             found = losses(quantization=quantization, quantize_gradients=gradients)
