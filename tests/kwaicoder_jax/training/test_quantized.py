@@ -18,12 +18,12 @@ STEPS = 60
 
 
 def test_a_step_on_any_mesh_is_the_step_on_one_device():
-    """Sums over a device's part differ in the last bit, and where that lies between two of 255 buckets, by a bucket."""
+    """To float32 rounding: no number here is so near the border of two buckets that a sum in another order moves it."""
     errors = devices.run("training.quantized_on_devices", 4)
     assert set(errors) == {"int8", "fp8"}
     for metrics, gradients in errors.values():
-        assert metrics < 1e-3
-        assert gradients < 0.05
+        assert metrics < 1e-5
+        assert gradients < 1e-5
 
 
 def batches():
