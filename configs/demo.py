@@ -37,6 +37,8 @@ def training(steps: int, phases: dict[str, ConfigDict]) -> dict:
         "eval_every": 50,
         "save_every": 50,
         "microbatches": 1,  # parts of a batch that are worked on one after the other
+        "quantization": "none",  # or int8, fp8: of dense projections
+        "quantize_gradients": False,
         "max_skipped_steps": 10,  # in a row, without a finite gradient; then training ends
     }
 

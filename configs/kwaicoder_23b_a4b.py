@@ -70,6 +70,8 @@ def training(tokens: int, rows: int, phases: dict[str, ConfigDict]) -> dict[str,
         "eval_every": 1000,
         "save_every": 500,
         "microbatches": 1,  # parts of a batch that are worked on one after the other
+        "quantization": "none",  # or int8, fp8: of dense projections
+        "quantize_gradients": False,
         "max_skipped_steps": 10,
         "spike": {"factor": 2.0, "window": 64, "max_rollbacks": 10},
     }

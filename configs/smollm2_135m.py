@@ -105,6 +105,8 @@ def get_config(variant: str = "full") -> ConfigDict:
         "eval_every": 4 if quick else 50,
         "save_every": 4 if quick else 25,
         "microbatches": 1,
+        "quantization": "none",  # or int8, fp8: of dense projections
+        "quantize_gradients": False,
         "max_skipped_steps": 10,
         "loss": {
             "logits_loss": "forward_kl",

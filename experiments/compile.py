@@ -1,6 +1,7 @@
 """Compiles a stage's step for a machine that is not here, and says what it would need there.
 
 python -m experiments.compile --config=configs/kwaicoder_23b_a4b.py --topology=v5p:4x4x4
+python -m experiments.compile --config=configs/kwaicoder_23b_a4b.py --topology=v5p:2x2x1 --step=generate --rows=64
 
 The batch is that of the step's first phase, or of --phase. Memory, FLOPs and collectives are those of the compiled
 program; times are a roofline, not a measurement. With --workdir the figures are stored in
@@ -15,17 +16,20 @@ from typing import Any
 
 from absl import flags
 
-from experiments import command, compile_kernels, compile_search, compile_steps
+from experiments import command, compile_generate, compile_kernels, compile_search, compile_steps
 from experiments.contract import Context, Section, Stage
 from experiments.display import Display
 from experiments.stopping import Stop
-from experiments.training_stage import runtime_of
+from experiments.training_stage import runtime_from, runtime_of
 from kernels.grouped_matmul.local_experts import OVERFLOW
 from kwaicoder_jax import files, hardware
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.hardware import roofline
+from kwaicoder_jax.hardware.work import KernelWork
+from kwaicoder_jax.inference.sampling import DRAWING
 
 NAME = "compile"
+RARE = (OVERFLOW, DRAWING)  # further passes of very uneven routing; draws that greedy decoding does not make
 STAGE = Stage(NAME, lambda context: {})  # a tool; it has no section of its own
 
 
@@ -36,21 +40,28 @@ def main() -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     holder = command.define_flags()
     flags.DEFINE_string("topology", None, "The machine, as in v5p:4x4x4, v5e:16x16, h100:8x8.")
-    flags.DEFINE_enum("step", "cpt", list(compile_steps.STEPS), "Whose step.")
+    flags.DEFINE_enum("step", "cpt", [*compile_steps.STEPS, compile_generate.NAME], "Whose step.")
     flags.DEFINE_string("phase", None, "The phase whose batches it works on; the first one unless given.")
     flags.DEFINE_bool("search", False, "Try mesh shapes and remat policies, and print the best.")
     flags.DEFINE_string("text", None, "Write the compiled program to this file.")
+    compile_generate.define_flags()
 
     def work(stop: Stop, display: Display) -> None:
         display.stage(NAME)
         context = command.tool_context(STAGE, holder.value, {}, {}, stop, display)
         machine, step = hardware.topology(flags.FLAGS.topology), flags.FLAGS.step
         context = dataclasses.replace(context, config=of_phase(context.config, step, flags.FLAGS.phase))
+        if flags.FLAGS.search and step not in compile_steps.STEPS:
+            raise UserError(f"does not search for {step}", where="--search", remedy="name a mesh")
         if flags.FLAGS.search:
             compile_search.run(context, machine, step)
             return
-        summary, report = compile_step(context, machine, step, flags.FLAGS.text)
-        print(table(machine, report, summary))
+        if step == compile_generate.NAME:
+            summary, shown = compile_engine(context, machine, flags.FLAGS.text)
+        else:
+            summary, report = compile_step(context, machine, step, flags.FLAGS.text)
+            shown = table(machine, report, summary)
+        print(shown)
         workdir = command.tool_workdir()
         if workdir is not None:
             place = workdir / NAME / step / machine.name.replace(":", "_")
@@ -74,20 +85,43 @@ def compile_step(
     context: Context, machine: hardware.Topology, step: str, text: str | None = None
 ) -> tuple[dict[str, Any], roofline.Roofline]:
     """Compiles; returns the documented summary keys, and the whole report."""
-    made, began = compile_steps.make(context, step, machine), time.monotonic()
+    made = compile_steps.make(context, step, machine)
+    return _compile(made, machine, compile_kernels.kernel_work(runtime_of(context, made.mesh)), text)
+
+
+def compile_engine(context: Context, machine: hardware.Topology, text: str | None = None) -> tuple[dict[str, Any], str]:
+    """Compiles what `generate` runs; returns the summary keys, those of the decode step first, and what a person reads."""
+    named = flags.FLAGS
+    engine = compile_generate.make(context, machine, named.rows, named.cache_tokens, named.prompt_tokens)
+    kernel_work = compile_kernels.kernel_work(runtime_from(context.config))
+    remedy = "more chips along mesh.tensor or expert, or lower --rows, --cache_tokens"
+    summaries, reports, shown = {}, {}, []
+    for name, made in engine.steps.items():
+        place = None if text is None else f"{text}.{name}"
+        summaries[name], reports[name] = _compile(made, machine, kernel_work, place, remedy)
+        shown += [name, table(machine, reports[name], summaries[name])]
+    shown.append(compile_generate.table(engine, reports))
+    own = compile_generate.summary_of(engine, reports)
+    return summaries["decode"] | own | {"prefill": summaries["prefill"]}, "\n".join(shown)
+
+
+def _compile(
+    made: compile_steps.Step, machine: hardware.Topology, kernel_work: KernelWork, text: str | None,
+    remedy: str = "a smaller batch, more remat, or more chips",
+) -> tuple[dict[str, Any], roofline.Roofline]:  # fmt: skip
+    began = time.monotonic()
     try:
-        compiled = made.function.lower(*made.arguments).compile()
+        compiled = made.function.lower(*made.arguments, **made.keywords).compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         what = f"does not fit {machine.name}: {_first_line(error)}"
-        raise UserError(what, where="mesh", remedy="a smaller batch, more remat, or more chips") from error
+        raise UserError(what, where="mesh", remedy=remedy) from error
     seconds = time.monotonic() - began
     if text is not None:
         files.write_text(files.path(text), compiled.as_text())
-    known = compile_kernels.kernel_work(runtime_of(context, made.mesh))
     flops = made.model_flops / made.mesh.size
-    report = roofline.analyze(compiled, machine, made.mesh, flops, known, rare=(OVERFLOW,))
+    report = roofline.analyze(compiled, machine, made.mesh, flops, kernel_work, rare=RARE)
     return summary_of(report) | {"compile_seconds": round(seconds, 1), "chips": made.mesh.size}, report
 
 

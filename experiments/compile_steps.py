@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from experiments import cpt, distill, guides, language_model, recipe_models
 from experiments.contract import Context, Stage
 from experiments.training_stage import Run, abstract_tree, build, phases_of, program_of
-from kwaicoder_jax import data, distillation, hardware, training
+from kwaicoder_jax import data, distillation, files, hardware, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Step:
       arguments: shapes with shardings.
       mesh: over the machine.
       model_flops: of one step, of all chips.
+      keywords: more arguments, by name.
     """
 
     function: Any
     arguments: tuple[Any, ...]
     mesh: Mesh
     model_flops: float
+    keywords: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def make(context: Context, step: str, machine: hardware.Topology) -> Step:
@@ -63,7 +65,8 @@ def _none() -> Any:
 
 
 def _of(context: Context, stage: Stage) -> Context:
-    return dataclasses.replace(context, stage=stage)
+    # Nothing is written, so there need be no work folder.
+    return dataclasses.replace(context, stage=stage, workdir=context.workdir or files.path("."))
 
 
 def _training(context: Context, run: Run, mesh: Mesh) -> Step:

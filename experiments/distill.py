@@ -23,8 +23,8 @@ from experiments.training_stage import (
     corpus_of,
     mesh_of,
     read_model,
-    runtime_of,
     train,
+    training_runtime_of,
 )
 from kwaicoder_jax import distillation, models, training
 
@@ -67,7 +67,7 @@ def job_of(
     extras = {"projections": guide.projections} if guide.projections else {}
     options: dict[str, Any] = {
         "student_config": config, "teacher_config": guide.config, "pairs": guide.pairs, "config": guide.settings,
-        "runtime": runtime_of(context, mesh), "router_loss": language_model.router_loss(balance),
+        "runtime": training_runtime_of(context, mesh), "router_loss": language_model.router_loss(balance),
         "shards": row_shards(mesh), "capacity_factor": balance.capacity_factor,
     }  # fmt: skip
     return Run(

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from experiments.contract import Context
-from experiments.training_stage import Run, runtime_of
+from experiments.training_stage import Run, training_runtime_of
 from kwaicoder_jax import models, training
 from kwaicoder_jax.errors import UserError
 
@@ -27,7 +27,7 @@ def job(
       balance: of the routers, where it is a mixture.
       **more: other fields of `Run`.
     """
-    runtime, weights = runtime_of(context, mesh), balance or training.BalanceConfig()
+    runtime, weights = training_runtime_of(context, mesh), balance or training.BalanceConfig()
     check_capacity(weights, config, f"{context.stage.name}.balance")
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:

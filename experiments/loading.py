@@ -10,7 +10,7 @@ from absl import flags
 
 from experiments.contract import WITH_CHECKPOINT
 from experiments.export_hf import find_tokenizer
-from experiments.training_stage import build, check_finite, placement_of
+from experiments.training_stage import build, check_finite, placement_of, runtime_from
 from kwaicoder_jax import checkpoints, data, huggingface, inference, models, training
 from kwaicoder_jax.errors import UserError
 
@@ -93,7 +93,7 @@ def load(config: Mapping[str, Any], name: str, workdir: Any = None) -> Loaded:
     mesh = training.make_mesh(build(training.MeshConfig, config["mesh"], "mesh")) if config.get("mesh") else None
     if mesh is not None and mesh.size == 1:
         mesh = None
-    runtime = build(models.Runtime, config.get("runtime", {}), "runtime")
+    runtime = runtime_from(config)
     place = _place(config, name, workdir)
     opened = _open_foreign(place, section, mesh) if _is_foreign(place) else _open_own(place, section, mesh)
     shape, params, tokenizer, ends, begins = opened
@@ -146,7 +146,7 @@ def _open_own(place: pathlib.Path, section: Mapping[str, Any], mesh: Any) -> _Op
     ends = [step["huggingface"]["token_ids"].get("eos_token_id") for step in meta["lineage"] if "huggingface" in step]
     trained_here = any(stage in TRAINING for stage in stages)
     # A corpus of ours begins and ends documents with its own end token, whatever the model knew before.
-    return _in_dtype(config, section), params, tokenizer, () if trained_here else _ids(ends), trained_here
+    return in_dtype(config, section), params, tokenizer, () if trained_here else _ids(ends), trained_here
 
 
 def _open_foreign(place: pathlib.Path, section: Mapping[str, Any], mesh: Any) -> _Opened:
@@ -157,7 +157,7 @@ def _open_foreign(place: pathlib.Path, section: Mapping[str, Any], mesh: Any) ->
     shardings = None if mesh is None else training.param_shardings(source.config, mesh)
     params = huggingface.load(source, shardings)
     ends = [source.token_ids.get("eos_token_id"), _generation_config(source).get("eos_token_id")]
-    return _in_dtype(source.config, section), params, source.tokenizer, _ids(ends), False
+    return in_dtype(source.config, section), params, source.tokenizer, _ids(ends), False
 
 
 def _generation_config(source: huggingface.Source) -> dict[str, Any]:
@@ -169,7 +169,8 @@ def _generation_config(source: huggingface.Source) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def _in_dtype(config: models.ModelConfig, section: Mapping[str, Any]) -> models.ModelConfig:
+def in_dtype(config: models.ModelConfig, section: Mapping[str, Any]) -> models.ModelConfig:
+    """The model with the dtype of the computation that a tool's section asks for."""
     if section["dtype"] is None:
         return config
     try:

@@ -58,6 +58,8 @@ class Training(Drawing):
     save_every: int
     max_skipped_steps: Count = 10
     microbatches: Count = 1
+    quantization: str = "none"
+    quantize_gradients: bool = False
     spike: Mapping[str, Any] | None = None
 
 

@@ -15,6 +15,8 @@ from experiments.driving import drive
 from kwaicoder_jax import checkpoints, data, files, inference, models, training
 from kwaicoder_jax.errors import UserError
 
+QUANTIZATION = ("quantization", "quantize_gradients")  # fields of a training section that go into its Runtime
+
 
 def build(cls: type, values: dict[str, Any], where: str) -> Any:
     """A dataclass from a config section; whatever is wrong with a field is a UserError that names it there."""
@@ -36,9 +38,26 @@ def mesh_of(context: Context) -> Any:
     return training.make_mesh(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"))
 
 
+def runtime_from(config: Mapping[str, Any]) -> models.Runtime:
+    """How a recipe computes its models, from its section `runtime`; for whatever platform that names."""
+    values = config.get("runtime", {})
+    for name in QUANTIZATION:
+        if name in values:  # it would be no part of a stage's identity
+            remedy = f"set it for a stage that trains, as in cpt.{name}"
+            raise UserError("changes what a stage leaves", where=f"runtime.{name}", remedy=remedy)
+    return build(models.Runtime, values, "runtime")
+
+
+def training_runtime_of(context: Context, mesh: Any) -> models.Runtime:
+    """The same for the train step of the context's stage, which may be quantised."""
+    values = {name: context.section[name] for name in QUANTIZATION if name in context.section}
+    where, exact = context.stage.name, runtime_of(context, mesh)
+    return build(models.Runtime, dataclasses.asdict(exact) | values, where) if values else exact
+
+
 def runtime_of(context: Context, mesh: Any = None) -> models.Runtime:
     """How the recipe computes its models: on the mesh's platform, or the one that is here."""
-    runtime = build(models.Runtime, context.config.get("runtime", {}), "runtime")
+    runtime = runtime_from(context.config)
     here = jax.default_backend() if mesh is None else training.platform_of(mesh)
     return dataclasses.replace(runtime, platform=runtime.platform or here)
 

@@ -99,7 +99,7 @@ def distillation_loss(
       teacher_config: the teacher, dense or a mixture; None if the batch holds its logits. `config.hidden` is off then.
       pairs: (student layer, teacher layer) whose outputs are compared.
       config: weights.
-      runtime: how both are computed.
+      runtime: how both are computed; the teacher is not quantised.
       router_loss: of a student that is a mixture: what is added to the loss, and metrics.
       shards: devices that the rows of the batch are spread over.
       capacity_factor: of a student that is a mixture, see `models.forward`; a teacher drops nothing.
@@ -115,7 +115,8 @@ def distillation_loss(
     if teacher_config is None:
         total = cached_logits_loss(settings, *student, TopK(**{name: batch[name] for name in CACHED}), mask_BT)
     else:
-        guide = jax.lax.stop_gradient(_run(teacher, teacher_config, batch, runtime, config.hidden))
+        exact = dataclasses.replace(runtime, quantization=models.Quantization.NONE)
+        guide = jax.lax.stop_gradient(_run(teacher, teacher_config, batch, exact, config.hidden))
         teacher_VC = jax.lax.stop_gradient(models.projection(teacher))
         total = logits_loss(settings, *student, guide.hidden_BTD, teacher_VC, mask_BT)
     loss, metrics = total / tokens, {"loss": total / tokens, "tokens": jnp.sum(mask_BT)}

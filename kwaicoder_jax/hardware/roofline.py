@@ -47,7 +47,7 @@ class Roofline:
       model_flops: what the mathematics needs.
       work: what is executed.
       traffic: collectives, the largest first.
-      compute_seconds: FLOPs at the chip's peak.
+      compute_seconds: FLOPs at the chip's peak for their type.
       memory_seconds: bytes at its bandwidth.
       hidden_seconds: of collectives that run beside arithmetic.
       exposed_seconds: of those that are waited for.
@@ -64,6 +64,7 @@ class Roofline:
     hidden_seconds: float
     exposed_seconds: float
     peak_flops: float
+    hbm_bandwidth: float
 
     @property
     def fits(self) -> bool:
@@ -86,7 +87,7 @@ class Roofline:
 
     @property
     def mfu_bound(self) -> float:
-        """Model FLOPs over the peak in `seconds`: no run can do better."""
+        """Model FLOPs over the bf16 peak in `seconds`: no run can do better. In 8 bits it may pass 1."""
         return self.model_flops / self.peak_flops / self.seconds
 
     @property
@@ -142,11 +143,14 @@ def analyze(
         model_flops=model_flops,
         work=executed,
         traffic=traffic,
-        compute_seconds=executed.flops / machine.chip.bf16_flops,
+        compute_seconds=sum(
+            flops / machine.chip.peak(work.operand_type(kind)) for kind, flops in executed.by_kind.items()
+        ),
         memory_seconds=executed.hbm_bytes / machine.chip.hbm_bandwidth,
         hidden_seconds=hidden,
         exposed_seconds=sum(each.seconds for each in traffic) - hidden,
         peak_flops=machine.chip.bf16_flops,
+        hbm_bandwidth=machine.chip.hbm_bandwidth,
     )
 
 

@@ -10,8 +10,9 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from kwaicoder_jax.hardware.hlo import Array, Computation, Instruction, Module, arrays
+from kwaicoder_jax.hardware.hlo import BYTES, Array, Computation, Instruction, Module, arrays
 
+MATMUL = "matmul"
 KERNELS = ("tpu_custom_call", "mosaic_gpu", "__gpu$xla.gpu.triton")
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -54,7 +55,7 @@ class Work:
 
     Attributes:
       flops: multiplications and additions of products.
-      by_kind: the same by "matmul" and by kernel.
+      by_kind: the same by kernel, and of products as "matmul"; if both operands have 8 bits, as "matmul s8" and the like.
       hbm_bytes: read and written, every instruction's operands and results once.
       unknown_kernels: calls by name whose work nobody tells; they count nothing.
       unknown_loops: loops that count as one iteration.
@@ -105,13 +106,15 @@ def _flops(
 ) -> dict[str, float | None]:
     if instruction.op in ("dot", "convolution"):
         count = _dot_flops if instruction.op == "dot" else _convolution_flops
-        return {"matmul": count(instruction, computation.operand_types(instruction))}
+        types = computation.operand_types(instruction)
+        return {_matmul(types): count(instruction, types)}
     if instruction.op == "custom-call" and _is_kernel(instruction):
         kernel = _kernel(computation, instruction)
         known = kernel_work(kernel)
         return {kernel.name: None if known is None else known[0]}
     if instruction.op == "custom-call" and "gemm" in (instruction.attribute(r'custom_call_target="([^"]*)"') or ""):
-        return {"matmul": _gemm_flops(instruction, computation.operand_types(instruction))}
+        types = computation.operand_types(instruction)
+        return {_matmul(types): _gemm_flops(instruction, types)}
     total: dict[str, float | None] = {}
     if instruction.op == "fusion":
         inner = module.computations[instruction.attribute(r"calls=%?([\w.\-]+)") or ""]
@@ -119,6 +122,16 @@ def _flops(
             for kind, value in _flops(module, inner, each, kernel_work).items():
                 total[kind] = None if value is None else (total.get(kind) or 0.0) + value
     return total
+
+
+def _matmul(operands: Sequence[str]) -> str:
+    left, right = (arrays(type_)[0] for type_ in operands[:2])
+    return MATMUL if max(BYTES[left.dtype], BYTES[right.dtype]) > 1 else f"{MATMUL} {left.dtype}"
+
+
+def operand_type(kind: str) -> str:
+    """The operands' type of a kind of `Work.by_kind`: bf16, unless it names one of 8 bits."""
+    return kind.removeprefix(MATMUL).strip() if kind.startswith(f"{MATMUL} ") else "bf16"
 
 
 def _is_kernel(instruction: Instruction) -> bool:

@@ -1,5 +1,6 @@
 """Text out of a model: an engine that batches continuously, sampling, and generation for a list of prompts."""
 
+from kwaicoder_jax.inference import ahead
 from kwaicoder_jax.inference.answers import Answers, Piece
 from kwaicoder_jax.inference.engine import Engine
 from kwaicoder_jax.inference.generation import generate
@@ -28,6 +29,7 @@ __all__ = [
     "Token",
     "Unavailable",
     "Weights",
+    "ahead",
     "choose_tokens",
     "generate",
     "highest",

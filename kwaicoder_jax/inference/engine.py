@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.inference.decoding import Drawn, Prefix, Rows
 from kwaicoder_jax.inference.programs import Placement, programs
 from kwaicoder_jax.inference.requests import MOST_ALTERNATIVES, Generation, Request, Token
 from kwaicoder_jax.inference.sampling import Settings
-from kwaicoder_jax.inference.sizes import AHEAD, PREFILL_CHUNK, Sizes
+from kwaicoder_jax.inference.sizes import AHEAD, PREFILL_CHUNK, Sizes, prompt_chunk
 from kwaicoder_jax.inference.weights import Weights
 from kwaicoder_jax.models import ModelConfig, Runtime
 
@@ -178,8 +177,7 @@ class Engine:
             self._begun = (prompts, self._programs.empty_prefix(slots=slots, length_P=lengths_P), 0)
         prompts, prefix, start = self._begun
         slots = self._sizes.prompt_slots(len(prompts[0]))
-        # Frequencies that depend on a document's length want all of it at once.
-        chunk = slots if models.is_dynamic(self.config) else min(slots, PREFILL_CHUNK)
+        chunk = prompt_chunk(self.config, slots, PREFILL_CHUNK)
         padded_PS = np.zeros((len(prompts), slots), np.int32)
         for row, prompt in enumerate(prompts):
             padded_PS[row, slots - len(prompt) :] = prompt

@@ -8,6 +8,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+DRAWING = "drawing"  # scope of what greedy batches skip, in the names of instructions
+
 
 @flax.struct.dataclass
 class Settings:
@@ -89,6 +91,7 @@ def choose_tokens(logits_BV: jax.Array, positions_B: jax.Array, settings: Settin
       settings: of the rows.
     """
 
+    @jax.named_scope(DRAWING)
     def sample() -> jax.Array:
         scaled_BV = logits_BV / jnp.where(greedy_B, 1.0, settings.temperature_B)[:, None]
         for limits_B, limit, mask in ((top_k_B > 0, top_k_B, highest), (top_p_B < 1.0, top_p_B, nucleus)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from kwaicoder_jax import models
 from kwaicoder_jax.inference.requests import Generation
 
 SMALLEST_PROMPT = 32  # slots; below it another compiled program costs more than the padding
@@ -17,6 +18,12 @@ def bucket(length: int, smallest: int = 1) -> int:
     return max(smallest, 1 << (length - 1).bit_length())
 
 
+def prompt_chunk(config: models.ModelConfig, slots: int, most: int = PREFILL_CHUNK) -> int:
+    """Tokens that are run at once of prompts of so many slots."""
+    # Frequencies that depend on a document's length want all of it at once.
+    return slots if models.is_dynamic(config) else min(slots, most)
+
+
 class Sizes:
     """Decides the size of the cache from what is in it.
 
@@ -28,11 +35,12 @@ class Sizes:
         self.max_rows = row_shares * bucket(-(-max_rows // row_shares))
         self._max_slots, self._ahead = bucket(max_tokens, SMALLEST_CACHE), ahead
         self._fewest = self.max_rows if fixed_rows else row_shares
+        self._smallest_prompt = max(SMALLEST_PROMPT, bucket(row_shares))  # every device has a token to work on
         self._idle = 0  # steps for which less would have done
 
     def prompt_slots(self, length: int) -> int:
         """Slots to run a prompt in."""
-        return bucket(length, SMALLEST_PROMPT)
+        return bucket(length, self._smallest_prompt)
 
     def prompts_together(self, slots: int, wanted: int) -> int:
         """How many of the `wanted` prompts of `slots` slots are run as one: few choices, and not more tokens than fit."""

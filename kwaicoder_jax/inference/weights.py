@@ -101,24 +101,43 @@ def prepare(params: Params, config: ModelConfig, form: Form | str = Form.FLOAT) 
     """Copies parameters into the form of an engine; drop `params` afterwards to have their memory back.
 
     Args:
-      params: as `config` declares them; on a mesh weights keep their sharding.
+      params: as `config` declares them; on a mesh weights keep their sharding. Of ShapeDtypeStructs with shardings shapes
+        are made, with the shardings that the arrays would have: compiled for their devices, which need not be here.
       config: the model; weights get its `dtype`.
       form: how matrices are stored.
     """
     form, alone = Form(form), _on_one_device(params)
     stacks = {name: _stack(models.flatten(params[name]), config, form, alone) for name in STACKS if name in params}
     rest = {name: value for name, value in params.items() if name not in (*STACKS, "head")}
-    rest["embedding"] = jnp.asarray(rest["embedding"]).astype(config.dtype)
+    rest["embedding"] = _made(_cast, rest["embedding"], dtype=config.dtype)
     tied = "head" not in params
-    head_VD = rest["embedding"] if tied else jnp.asarray(params["head"]).astype(config.dtype)
+    head_VD = rest["embedding"] if tied else _made(_cast, params["head"], dtype=config.dtype)
     # On one device columns lie side by side, as in a layer: a CPU reads them a quarter faster than the embedding's rows.
     plain = form is Form.FLOAT and not alone
-    return Weights(stacks, rest, head_VD if plain else _matrix((head_VD.T,), form), tied)
+    return Weights(stacks, rest, head_VD if plain else _made(_transposed, head_VD, form=form), tied)
 
 
 def _on_one_device(params: Params) -> bool:
     leaf = jax.tree.leaves(params)[0]
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return len(leaf.sharding.device_set) == 1
     return not isinstance(leaf, jax.Array) or len(leaf.devices()) == 1
+
+
+def _made(function: Any, *operands: Any, **options: Any) -> Any:
+    """`function(*operands)`, jitted; of ShapeDtypeStructs the shapes, where the compiler would lay them."""
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(operands)):
+        return _shapes_made(function, operands, tuple(options.items()))
+    return function(*operands, **options)
+
+
+@functools.lru_cache(maxsize=1024)  # all layers are alike
+def _shapes_made(function: Any, operands: tuple[Any, ...], options: tuple[tuple[str, Any], ...]) -> Any:
+    lowered = function.lower(*operands, **dict(options))
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        lowered.out_info, lowered.compile().output_shardings,
+    )  # fmt: skip
 
 
 def _stack(flat: Mapping[str, Any], config: ModelConfig, form: Form, alone: bool) -> Stack:
@@ -132,11 +151,13 @@ def _stack(flat: Mapping[str, Any], config: ModelConfig, form: Form, alone: bool
             outer = tuple(flat[path].shape[1 + _inner(path) :])
             parts.append((path, name, start, outer))
             start += math.prod(outer)
-    for layer in range(len(next(iter(flat.values())))):
-        one = {path: _layer(leaf, layer, _dtype(path, leaf, config)) for path, leaf in flat.items()}
+    for layer in range(next(iter(flat.values())).shape[0]):
+        one = {path: _made(_layer, leaf, layer, dtype=_dtype(path, leaf, config)) for path, leaf in flat.items()}
         arrays.append({path: leaf for path, leaf in one.items() if path not in grouped})
-        flats = {path: leaf.reshape(math.prod(leaf.shape[: _inner(path)]), -1) for path, leaf in one.items()}
-        joined.append({name: _matrix(tuple(flats[path] for path in paths), form) for name, paths in groups.items()})
+        flats = {path: _made(_flat, one[path], inner=_inner(path)) for path in grouped}
+        joined.append(
+            {name: _made(_matrix, tuple(flats[path] for path in paths), form=form) for name, paths in groups.items()}
+        )
     return Stack(tuple(arrays), tuple(joined), tuple(parts))
 
 
@@ -164,6 +185,21 @@ def _dtype(path: str, leaf: Any, config: ModelConfig) -> str:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _layer(stacked: jax.Array, layer: Any, dtype: str) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(array: jax.Array, dtype: str) -> jax.Array:
+    return jnp.asarray(array).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="inner")
+def _flat(weight: jax.Array, inner: int) -> jax.Array:
+    return weight.reshape(math.prod(weight.shape[:inner]), -1)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _transposed(head_VD: jax.Array, form: Form) -> Matrix:
+    return _matrix((head_VD.T,), form)
 
 
 @functools.partial(jax.jit, static_argnames="form")

@@ -5,7 +5,7 @@ from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, R
 from kwaicoder_jax.models.config import Dispatch, ModelConfig, Runtime
 from kwaicoder_jax.models.context_order import multiple as context_multiple
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
-from kwaicoder_jax.models.flops import forward_flops_per_token, train_flops_per_token
+from kwaicoder_jax.models.flops import decode_flops_per_token, forward_flops_per_token, train_flops_per_token
 from kwaicoder_jax.models.moe import RouterStatistics, choose_experts
 from kwaicoder_jax.models.parameters import (
     Declaration,
@@ -21,6 +21,7 @@ from kwaicoder_jax.models.parameters import (
     init,
     unflatten,
 )
+from kwaicoder_jax.models.quantization import Quantization
 from kwaicoder_jax.models.remat import Remat
 from kwaicoder_jax.models.rotary import is_dynamic
 from kwaicoder_jax.models.statistics import sequence_statistics
@@ -39,6 +40,7 @@ __all__ = [
     "Output",
     "Params",
     "QkNorm",
+    "Quantization",
     "Remat",
     "RopeKind",
     "RopeScaling",
@@ -55,6 +57,7 @@ __all__ = [
     "count_active",
     "cross_entropy",
     "declarations",
+    "decode_flops_per_token",
     "empty_cache",
     "flatten",
     "forward",

@@ -16,6 +16,7 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
 from kwaicoder_jax.models.attention_ops import AttentionBackend
 from kwaicoder_jax.models.experts_config import ExpertsConfig
+from kwaicoder_jax.models.quantization import Quantization, check_installed
 from kwaicoder_jax.models.remat import Remat
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -170,7 +171,7 @@ class Dispatch(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """How a model is computed, not what it computes: nothing here changes a result beyond rounding.
+    """How a model is computed, not what it computes: nothing here changes a result beyond rounding (in 8 bits, if asked).
 
     Attributes:
       remat: what the backward pass recomputes, a value of Remat.
@@ -183,6 +184,8 @@ class Runtime:
       scatter_stage: devices among which a gradient of experts is scattered at a time, see `mesh_axes.gathered`; 0 for
         all that hold a part.
       platform: what "auto" chooses for ("cpu", "tpu", "gpu"); None for plain XLA.
+      quantization: of dense projections while training, see `models.quantization`; a value of Quantization.
+      quantize_gradients: whether the gradients of their inputs are computed so too.
     """
 
     remat: str = "none"
@@ -193,6 +196,8 @@ class Runtime:
     expert_buffer: float = 1.5
     scatter_stage: int = 0
     platform: str | None = None
+    quantization: str = Quantization.NONE
+    quantize_gradients: bool = False
 
     def __post_init__(self):
         choices: dict[str, Iterable[str]] = {
@@ -200,6 +205,7 @@ class Runtime:
             "dispatch": Dispatch,
             "attention": AttentionBackend,
             "experts": grouped_matmul.Backend,
+            "quantization": Quantization,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in list(allowed):
@@ -207,6 +213,8 @@ class Runtime:
                 raise UserError(f"no choice {getattr(self, name)!r}", where=f"runtime.{name}", remedy=remedy)
         object.__setattr__(self, "remat", Remat(self.remat))
         object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
+        object.__setattr__(self, "quantization", Quantization(self.quantization))
+        check_installed(Quantization(self.quantization), "runtime.quantization")
         if not 1.0 <= self.expert_buffer < math.inf:
             raise UserError(f"{self.expert_buffer}", where="runtime.expert_buffer", remedy="use 1 or more")
         if self.scatter_stage < 0:

@@ -12,6 +12,18 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, *, logits
     Attention is counted with the keys and values of every head made once, which is what training does: per visible key
     and head 2 per dimension of a key and of a value. A token sees half the sequence on average, or less in a window.
     """
+    visible = sum(_visible(window, sequence_length) for window in config.windows or (0,) * config.layers)
+    return _forward(config, visible, logits=logits)
+
+
+def decode_flops_per_token(config: ModelConfig, cached: int) -> float:
+    """FLOPs of one token's forward pass behind `cached` tokens whose keys and values are there."""
+    visible = sum(min(window or cached, cached) for window in config.windows or (0,) * config.layers)
+    return _forward(config, visible, logits=True)
+
+
+def _forward(config: ModelConfig, visible: float, *, logits: bool) -> float:
+    """Of one token; `visible`: keys that it sees, of all layers."""
     matmul = 0.0
     for name, d in declarations(config).items():
         if name in ("embedding", "head") or d.kind != "matrix":
@@ -21,7 +33,6 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, *, logits
             share = config.experts.experts_per_token / config.experts.num_experts
         matmul += 2.0 * share * math.prod(d.shape)
     widths = config.head_dim + (config.head_dim if config.mla is None else config.mla.value_dim)
-    visible = sum(_visible(window, sequence_length) for window in config.windows or (0,) * config.layers)
     attention = 2.0 * config.heads * widths * visible
     return matmul + attention + (2.0 * config.vocab_size * config.model_dim if logits else 0.0)
 

@@ -51,14 +51,16 @@ class LatentAttention(nn.Module):
             )
             mixed_BTHW = jnp.einsum("BTHR,RHW->BTHW", mixed_BTHR, value_RHW)
         else:
-            k_BSHU, v_BSHW = jnp.split(project(latent_BS1R[:, :, 0], kv_up_RHN), [m.nope_dim], axis=-1)
+            k_BSHU, v_BSHW = jnp.split(
+                project(latent_BS1R[:, :, 0], kv_up_RHN, runtime=self.runtime), [m.nope_dim], axis=-1
+            )
             rope_BSHP = jnp.broadcast_to(rope_BS1P, (*k_BSHU.shape[:3], m.rope_dim))
             mixed_BTHW = dot_product_attention(
                 jnp.concatenate([q_BTHU, q_BTHP], axis=-1), jnp.concatenate([k_BSHU, rope_BSHP], axis=-1), v_BSHW,
                 same_sequence=k_BSHU.shape[1] == x_BTD.shape[1], scale=scale, backend=self.runtime.attention,
                 context=tokens.context, **tokens.masks(),
             )  # fmt: skip
-        return write(self, c, mixed_BTHW, out_HWD, tokens), layer_cache
+        return write(self, c, self.runtime, mixed_BTHW, out_HWD, tokens), layer_cache
 
     def _queries(self, x_BTD: jax.Array, m: MlaConfig) -> jax.Array:
         """[B, T, H, N], not rotated; in a compact call."""
@@ -66,13 +68,14 @@ class LatentAttention(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         if not m.q_rank:
             shape, axes = (c.model_dim, c.heads, c.head_dim), ("embed", "heads", "head_dim")
-            return project(x_BTD, declare(self, "query", shape, axes, init, c.param_dtype))
+            return project(x_BTD, declare(self, "query", shape, axes, init, c.param_dtype), runtime=self.runtime)
         down_DQ = declare(self, "query_down", (c.model_dim, m.q_rank), ("embed", "q_latent"), init, c.param_dtype)
         shape, axes = (m.q_rank, c.heads, c.head_dim), ("q_latent", "heads", "head_dim")
         up_QHN = declare(self, "query_up", shape, axes, init, c.param_dtype)
         bias_Q = declare_bias(self, "query_down_bias", m.q_rank, "q_latent", c) if c.qkv_bias else None
         norm = InnerNorm(("q_latent",), m.norm_epsilon, c.param_dtype, name="query_down_norm")
-        return project(norm(plus(project(x_BTD, down_DQ), bias_Q)), up_QHN)
+        latent_BTQ = norm(plus(project(x_BTD, down_DQ, runtime=self.runtime), bias_Q))
+        return project(latent_BTQ, up_QHN, runtime=self.runtime)
 
     def _latents(self, x_BTD: jax.Array, m: MlaConfig, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
         """The rotated key that all heads share, and the normed latent: [B, T, 1, P] and [B, T, 1, R]."""
@@ -80,7 +83,8 @@ class LatentAttention(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         down_DJ = declare(self, "kv_down", (c.model_dim, width), axes, init, c.param_dtype)
         bias_J = declare_bias(self, "kv_down_bias", width, axes[1], c) if c.qkv_bias else None
-        latent_BTR, rope_BTP = jnp.split(plus(project(x_BTD, down_DJ), bias_J), [m.kv_rank], axis=-1)
+        both_BTJ = plus(project(x_BTD, down_DJ, runtime=self.runtime), bias_J)
+        latent_BTR, rope_BTP = jnp.split(both_BTJ, [m.kv_rank], axis=-1)
         norm = InnerNorm(("kv_latent",), m.norm_epsilon, c.param_dtype, name="kv_down_norm")
         rope_BT1P = rotary(rope_BTP[:, :, None], tokens.positions_BT, c, tokens.lengths_BT)
         return rope_BT1P, norm(latent_BTR)[:, :, None]

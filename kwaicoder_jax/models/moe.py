@@ -141,6 +141,16 @@ def _sequence_balance(
     return chosen_ME.shape[1] * jnp.sum(load_BE * probability_BE / share_B1)
 
 
+def _mesh_of(x_BTD: jax.Array, *, rows: bool) -> Any:
+    """The mesh to share tokens over; those of too few rows as well, such as a prompt's, unless it has to be `rows`."""
+    batch, time = x_BTD.shape[:2]
+    mesh = token_mesh(x_BTD, batch)
+    if mesh is None and not rows:
+        mesh = token_mesh(x_BTD, batch * time)
+        return mesh if context_shares(mesh) == 1 else None
+    return mesh
+
+
 class MoE(nn.Module):
     """y = sum over the X selected experts of weight * expert(x); each expert is a SwiGLU of `experts.mlp_dim` neurons.
 
@@ -167,7 +177,7 @@ class MoE(nn.Module):
         gate_EDF = declare(self, "gate", in_shape, in_axes, init, c.param_dtype)
         up_EDF = declare(self, "up", in_shape, in_axes, init, c.param_dtype)
         down_EFD = declare(self, "down", out_shape, out_axes, out_init, c.param_dtype)
-        mesh = token_mesh(x_BTD, x_BTD.shape[0])
+        mesh = _mesh_of(x_BTD, rows=recording(self))
         weights: Any = tuple(cast(weight, c.dtype, mesh) for weight in (gate_EDF, up_EDF, down_EFD))
 
         x_MD = flat(x_BTD, mesh)
@@ -258,7 +268,7 @@ class MoE(nn.Module):
         """The always-on expert, in a compact call."""
         c, e = self.config, self.config.experts
         assert e is not None
-        y_BTD = DenseMLP(c, e.shared_mlp_dim, "shared_mlp", name="shared")(x_BTD, mask_BT)
+        y_BTD = DenseMLP(c, self.runtime, e.shared_mlp_dim, "shared_mlp", name="shared")(x_BTD, mask_BT)
         if not e.shared_gate:
             return y_BTD
         init = nn.initializers.normal(c.initializer_range)

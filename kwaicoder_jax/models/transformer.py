@@ -61,7 +61,7 @@ class Layer(nn.Module):
         normed_BTD = RMSNorm(c, name="mlp_norm")(h_BTD, mask_BT)
         router = None
         if not self.mixture:
-            y_BTD = h_BTD + DenseMLP(c, c.mlp_dim, name="mlp")(normed_BTD, mask_BT)
+            y_BTD = h_BTD + DenseMLP(c, self.runtime, c.mlp_dim, name="mlp")(normed_BTD, mask_BT)
         else:
             mixed_BTD, router = MoE(c, self.runtime, self.capacity_factor, name="moe")(normed_BTD, mask_BT)
             y_BTD = h_BTD + mixed_BTD

@@ -124,6 +124,46 @@ def test_a_tiny_step_by_exchange_for_tpu(tmp_path):
     assert ragged["wire_bytes"] == 2 * 5 * rows * width * 2 / 2
 
 
+@pytest.mark.slow
+def test_generation_on_a_mesh_of_tpus(tmp_path):
+    """A mixture's prompt, which is one row for four chips, and a decode step."""
+    done = compile_tiny(tmp_path, "v5e:2x2", "--step=generate", "--rows=6", "--cache_tokens=300", "--prompt_tokens=100")
+    assert done.returncode == 0, done.stderr
+    assert "tokens per second" in done.stdout
+    summary = json.loads((tmp_path / "compile/generate/v5e_2x2/summary.json").read_text())
+    assert {name: summary[name] for name in ("rows", "slots", "prompt_slots", "chunk", "chips", "fits")} == {
+        "rows": 8, "slots": 512, "prompt_slots": 128, "chunk": 128, "chips": 4, "fits": True,
+    }  # fmt: skip
+    mixture = recipe_models.model_before(_tiny(), "generate")
+    assert summary["model_flops_per_chip"] == pytest.approx(8 * models.decode_flops_per_token(mixture, 512) / 4)
+    assert summary["prefill"]["model_flops_per_chip"] == pytest.approx(
+        128 * models.forward_flops_per_token(mixture, 128, logits=False) / 4
+    )
+    caches = 2 * 2 * (8 / 4) * 2 * 512 * 128 * 2  # layers, keys and values, rows of a chip, heads, slots, width, bytes
+    assert caches <= summary["cache_bytes_per_chip"] <= 1.1 * caches
+    assert summary["engine_bytes_per_chip"] >= summary["hbm_bytes_per_chip"]
+    for name in ("decode", "prefill"):
+        assert summary[f"{name}_tokens_per_second_bound"] > 0
+
+
+@pytest.mark.slow
+def test_a_tiny_step_in_int8_for_tpu(tmp_path):
+    done = compile_tiny(
+        tmp_path, "v5e:2x2", "--config.runtime.remat=full", "--config.cpt.quantization=int8",
+        "--config.cpt.quantize_gradients=True", f"--text={tmp_path / 'step.hlo'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = work.measure(hlo.parse((tmp_path / "step.hlo").read_text()), compile_kernels.kernel_work(models.Runtime()))
+    # Two layers' four projections of 256 tokens, 256 wide, by 4 + 2 * 2 + 4 heads of 128; forward twice, and of inputs.
+    assert found.by_kind["matmul s8"] == 3 * 2 * 2 * 256 * 256 * 128 * (4 + 2 + 2 + 4)
+
+
+def test_no_search_for_generation(tmp_path):
+    done = compile_tiny(tmp_path, "v5e:2x2", "--step=generate", "--search")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "--search: does not search for generate" in done.stderr
+
+
 AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 

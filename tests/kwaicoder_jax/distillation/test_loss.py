@@ -1,6 +1,7 @@
 """The whole distillation loss against one that is put together from plain parts."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -204,3 +205,13 @@ def test_states_of_layers_that_are_not_compared_are_not_stacked():
     text = jax.jit(jax.value_and_grad(function, has_aux=True)).lower(tree, batch, params).compile().as_text()
     assert "f32[2,4,24,32]" in text, "the compared states are not where this test looks for them"
     assert "f32[12,4,24,32]" not in text
+
+
+def test_the_teacher_is_not_quantised(setting):
+    """Seven projections of the student in 8 bits, in one layer of its stack, and none of the teacher's."""
+    run = functools.partial(
+        distillation.distillation_loss, student_config=STUDENT, teacher_config=TEACHER, pairs=PAIRS, config=ALL,
+        runtime=models.Runtime(quantization="int8"),
+    )  # fmt: skip
+    text = jax.jit(run).lower(*setting).as_text()
+    assert len(re.findall(r"dot_general .*xi8>, tensor<[^>]*xi8>", text)) == 7

@@ -147,6 +147,16 @@ def test_kernels_count_by_their_estimate_or_by_what_the_caller_knows():
     assert work.measure(module, lambda kernel: None).unknown_kernels == {"kernel": 1}
 
 
+def test_products_of_eight_bits_count_apart():
+    module = hlo.parse(SCHEDULED.replace("%a = bf16", "%a = s8").replace("%b = bf16", "%b = s8"))
+    assert work.measure(module).by_kind == {"matmul s8": 2 * 8 * 128 * 128, "kernel": 1000}
+    assert [work.operand_type(kind) for kind in ("matmul s8", "matmul f8e5m2", "matmul", "gmm")] == [
+        "s8", "f8e5m2", "bf16", "bf16",
+    ]  # fmt: skip
+    half = hlo.parse(SCHEDULED.replace("%a = bf16", "%a = s8"))
+    assert work.measure(half).by_kind == {"matmul": 2 * 8 * 128 * 128, "kernel": 1000}
+
+
 def test_what_lies_on_chip_is_no_traffic():
     # a: read by the product and nothing else that counts; b lies in another memory space; the sum reads and writes.
     whole, part = 32 * 128 * 2, 8 * 128 * 2

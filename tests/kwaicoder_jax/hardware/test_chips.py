@@ -17,6 +17,10 @@ def test_peaks_are_the_published_ones_and_unknown_chips_are_named():
     assert {name: round(c.bf16_flops / 1e12) for name, c in hardware.CHIPS.items()} == {
         "v5e": 197, "v5p": 459, "v6e": 918, "h100": 989,
     }  # fmt: skip
+    assert {name: (round(c.peak("s8") / 1e12), round(c.peak("f8e4m3fn") / 1e12)) for name, c in hardware.CHIPS.items()} == {
+        "v5e": (393, 197), "v5p": (918, 459), "v6e": (1836, 918), "h100": (1979, 1979),
+    }  # fmt: skip
+    assert hardware.chip("v5e").peak("bf16") == 197e12
     with pytest.raises(UserError, match=r"prune\.search\.chip: no chip 'v4'.*v5e, v5p, v6e, h100"):
         hardware.chip("v4", "prune.search.chip")
 

@@ -15,16 +15,21 @@ DENSE = testing.dense_config(vocab_size=94, layers=2, heads=4, kv_heads=2, mlp_d
 MIXTURE = DENSE.replace(experts=models.ExpertsConfig(6, 2, 24))
 CASES = {
     "dense": (DENSE, [MeshConfig(data=2, tensor=2), MeshConfig(data=1, fsdp=4)]),
-    "mixture": (MIXTURE, [MeshConfig(data=1, fsdp=2, expert=2)]),
+    "mixture": (MIXTURE, [MeshConfig(data=1, fsdp=2, expert=2), MeshConfig(data=1, expert=2, tensor=2)]),
+    "mixture by tokens": (MIXTURE, [MeshConfig(data=1, expert=2, tensor=2)]),
 }
 
 
-def answers(config: models.ModelConfig, params: Any, placement: Any, form: str) -> list[list[int]]:
+def answers(
+    config: models.ModelConfig, params: Any, placement: Any, form: str, runtime: models.Runtime
+) -> list[list[int]]:
     """Of requests that come while others run; one samples."""
     rng = np.random.default_rng(0)
     prompts = [tuple(rng.integers(0, config.vocab_size, length).tolist()) for length in (3, 17, 9, 30, 5)]
     weights = inference.prepare(params, config, form)
-    engine = inference.Engine(weights, config, max_rows=4, max_tokens=128, fixed_rows=True, placement=placement)
+    engine = inference.Engine(
+        weights, config, max_rows=4, max_tokens=128, fixed_rows=True, runtime=runtime, placement=placement
+    )
     generations = [engine.submit(inference.Request(prompt, 8)) for prompt in prompts[:3]]
     for _ in range(4):
         engine.step()
@@ -41,11 +46,12 @@ def main() -> None:
     result = {}
     for name, (config, meshes) in CASES.items():
         params = testing.random_params(config)
-        expected = answers(config, params, None, "float")
+        runtime = models.Runtime(dispatch="tokens" if name.endswith("tokens") else "weights")
+        expected = answers(config, params, None, "float", runtime)
         for mesh_config in meshes:
             mesh = training.make_mesh(mesh_config)
             sharded = jax.device_put(params, training.param_shardings(config, mesh))
-            result[f"{name} {mesh_config}"] = answers(config, sharded, placement_of(mesh), "float") == expected
+            result[f"{name} {mesh_config}"] = answers(config, sharded, placement_of(mesh), "float", runtime) == expected
     print(json.dumps(result))
 
 

@@ -54,3 +54,12 @@ def test_six_times_the_active_parameters():
         tables = config.vocab_size * config.model_dim * (0 if config.tie_embeddings else 1)
         matmul = models.count_active(config) - norms - biases - tables  # the lookup of an untied table is no matmul
         assert models.train_flops_per_token(config, 0) == pytest.approx(6 * matmul, rel=1e-12)
+
+
+def test_a_decode_step_sees_the_whole_cache_or_its_window():
+    config = testing.family_configs()["qwen2"]  # three layers, of which two have windows of 7 and 4
+    assert sorted(config.windows) == [0, 4, 7]
+    per_key = 2 * 2 * 6 * 8
+    none = models.forward_flops_per_token(config, 0)
+    assert models.decode_flops_per_token(config, 100) == pytest.approx(none + per_key * (100 + 7 + 4), rel=1e-12)
+    assert models.decode_flops_per_token(config, 3) == pytest.approx(none + per_key * 3 * 3, rel=1e-12)
