@@ -42,6 +42,8 @@ def main() -> None:
     def work(stop: Stop, display: Display) -> None:
         display.stage(NAME)
         context = command.tool_context(STAGE, holder.value, {}, {}, stop, display)
+        # A step names its folder, and nothing is written there.
+        context = dataclasses.replace(context, workdir=context.workdir or files.path("."))
         machine = hardware.topology(flags.FLAGS.topology)
         if flags.FLAGS.search:
             compile_search.run(context, machine, flags.FLAGS.step)

@@ -65,9 +65,14 @@ def most_visits(rows: int, groups: int, tile: int) -> int:
     return (rows + min(groups, rows) * (tile + ALIGNMENT - 2)) // tile
 
 
+def strip_of(columns: int) -> int:
+    """Tiles of the output axis that are walked before the next tile of rows."""
+    return max(size for size in range(1, _STRIP + 1) if columns % size == 0)
+
+
 def _place(index: Any, rows: int, columns: int) -> tuple[Any, Any]:
     """The tile that is walked `index`-th: strips of columns one after the other, each row by row."""
-    strip = max(size for size in range(1, _STRIP + 1) if columns % size == 0)
+    strip = strip_of(columns)
     inside = jax.lax.rem(index, jnp.int32(strip * rows))
     first = jax.lax.div(index, jnp.int32(strip * rows)) * strip
     return jax.lax.div(inside, jnp.int32(strip)), first + jax.lax.rem(inside, jnp.int32(strip))

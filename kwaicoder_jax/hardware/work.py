@@ -129,9 +129,16 @@ def _kernel(computation: Computation, instruction: Instruction) -> Kernel:
     flops = instruction.attribute(r'cost_estimate"?:\{"flops":"?(\d+)')
     moved = instruction.attribute(r'bytes_accessed"?:"?(\d+)')
     read = [array for type_ in computation.operand_types(instruction) for array in arrays(type_)]
-    name = re.sub(r"[.\d]+$", "", instruction.name)
+    name = _kernel_name(instruction) or re.sub(r"[.\d]+$", "", instruction.name)
     estimate = None if flops is None else (float(flops), float(moved or 0))
     return Kernel(name, read, arrays(instruction.type), estimate, instruction.source)
+
+
+def _kernel_name(instruction: Instruction) -> str | None:
+    """Of a GPU's kernel: Triton's stands in its configuration, Mosaic GPU's in the source alone."""
+    if "tpu_custom_call" in instruction.attributes:
+        return None
+    return instruction.attribute(r'\bname = "(\w+)"') or instruction.attribute(r"(\w+)\)*/mpmd_map\b")
 
 
 def _dot_flops(instruction: Instruction, operands: Sequence[str]) -> float:
