@@ -48,11 +48,13 @@ class Topology:
     def bandwidth(self, members: Sequence[Any]) -> float:
         """Bytes per second that each of these devices can send in a collective among them.
 
-        On a torus: the links of the axes along which they differ, half of them where such an axis is no ring.
+        On a torus: the links of the axes along which they differ, half of them where such an axis is no ring. On GPUs a ring
+        enters a host once, and NCCL makes as many rings as a host has members, each through the network of another one.
         """
         if not self.chip.torus_axes:
             hosts = {device.process_index for device in members}
-            return self.chip.link_bandwidth if len(hosts) == 1 else self.chip.network_bandwidth
+            network = self.chip.network_bandwidth * len(members) / len(hosts)
+            return self.chip.link_bandwidth if len(hosts) == 1 else min(self.chip.link_bandwidth, network)
         places = [device.coords for device in members]
         total = 0.0
         for axis in range(min(len(self.shape), self.chip.torus_axes)):

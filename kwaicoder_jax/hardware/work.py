@@ -19,6 +19,8 @@ _FREE = (
     "call-done", "rng-get-and-update-state",
 )  # fmt: skip
 
+_OPERANDS_IN_TYPE = ("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start")
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -93,11 +95,20 @@ def measure(module: Module, kernel_work: KernelWork = estimated, *, rare: Sequen
     return Work(sum(flops.values()), dict(flops), moved, dict(unknown), module.unknown_loops(rare))
 
 
-def computes(module: Module, computation: Computation, instruction: Instruction) -> bool:
-    """Whether the instruction is arithmetic of some size, something that a transfer can hide behind."""
+def computes(module: Module, instruction: Instruction, *, products_only: bool = False) -> bool:
+    """Whether the instruction is arithmetic of some size, something that a transfer can hide behind.
+
+    Args:
+      module: the program.
+      instruction: of it.
+      products_only: fusions without a product do not count. TPU programs are fusions throughout; on GPU those are small.
+    """
+    if instruction.op == "fusion" and products_only:
+        inner = module.computations[instruction.attribute(r"calls=%?([\w.\-]+)") or ""]
+        return any(computes(module, each, products_only=True) for each in inner.values())
     if instruction.op in ("while", "convolution", "dot", "fusion"):
         return True
-    return instruction.op == "custom-call" and _is_kernel(instruction)
+    return instruction.op == "custom-call" and (_is_kernel(instruction) or _is_gemm(instruction))
 
 
 def _flops(
@@ -110,7 +121,7 @@ def _flops(
         kernel = _kernel(computation, instruction)
         known = kernel_work(kernel)
         return {kernel.name: None if known is None else known[0]}
-    if instruction.op == "custom-call" and "gemm" in (instruction.attribute(r'custom_call_target="([^"]*)"') or ""):
+    if instruction.op == "custom-call" and _is_gemm(instruction):
         return {"matmul": _gemm_flops(instruction, computation.operand_types(instruction))}
     total: dict[str, float | None] = {}
     if instruction.op == "fusion":
@@ -119,6 +130,10 @@ def _flops(
             for kind, value in _flops(module, inner, each, kernel_work).items():
                 total[kind] = None if value is None else (total.get(kind) or 0.0) + value
     return total
+
+
+def _is_gemm(instruction: Instruction) -> bool:
+    return "gemm" in (instruction.attribute(r'custom_call_target="([^"]*)"') or "")
 
 
 def _is_kernel(instruction: Instruction) -> bool:
@@ -207,6 +222,8 @@ def _hbm_bytes(module: Module, computation: Computation, instruction: Instructio
         known = kernel_work(_kernel(computation, instruction))
         if known is not None:
             return known[1]
+    if instruction.op in _OPERANDS_IN_TYPE:
+        return _in_hbm(instruction.type)
     types = computation.operand_types(instruction)
     if instruction.op in ("dynamic-slice", "gather", "slice"):
         return 2 * _in_hbm(instruction.type)

@@ -62,4 +62,4 @@ def whole(monkeypatch):
 
 def bfloat16(array):
     """Rounded, as float32: what a kernel sees of an array."""
-    return np.asarray(jnp.asarray(array, jnp.bfloat16).astype(jnp.float32))
+    return np.array(jnp.asarray(array, jnp.bfloat16).astype(jnp.float32))
