@@ -16,7 +16,7 @@ _MASKED = -1e30
 class AttentionBackend(enum.StrEnum):
     """Which implementation computes attention."""
 
-    AUTO = "auto"  # splash on TPU and flash on GPU where they fit, blocked where it applies (same_sequence), else by rows
+    AUTO = "auto"  # splash on TPU, flash on GPU where they fit, blocked where it applies (same_sequence), else by rows
     REFERENCE = "reference"  # the full square of scores, in float32
     BLOCKED = "blocked"  # blocks of queries against the keys up to the block's end; the backward pass recomputes
     SPLASH = "splash"  # jax's Pallas kernels for TPU; what they do not fit is done as by "auto" elsewhere

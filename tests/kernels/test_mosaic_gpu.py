@@ -72,7 +72,7 @@ def test_every_row_of_a_group_is_in_one_tile_that_a_copy_can_begin_with(data):
     tiles = visits(jnp.asarray(sizes, jnp.int32), rows, tile)
     group, block, offset, own = (np.asarray(each) for each in tiles)
     assert np.all(block % mosaic_gpu_kernels.ALIGNMENT == 0)
-    assert np.all((0 <= block) & (block + tile <= rows))
+    assert np.all((block >= 0) & (block + tile <= rows))
     busy = own > 0
     assert np.all((offset[busy] >= 0) & (offset[busy] + own[busy] <= tile))
     seen = [(row, g) for g, b, o, n in zip(group, block, offset, own) for row in range(b + o, b + o + n)]
