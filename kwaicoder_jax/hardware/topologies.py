@@ -93,10 +93,16 @@ def compiler_options(device_kind: str) -> dict[str, str]:
 
     On v5p the SparseCores move the data. Without them the compiler of libtpu 0.0.42 writes a reduce-scatter over a whole
     torus as an all-reduce and a slice, and waits for every gather.
+
+    On GPUs the scheduler starts one collective after the other unless it is told that several may run at a time, and what
+    it has combined into one has to wait for the last of its parts: a fifth of the bytes is behind products then.
     """
     kind = chip_of(device_kind)
-    if kind is None or not kind.torus_axes:
+    if kind is None:
         return {}
+    if not kind.torus_axes:
+        combined = {f"xla_gpu_{name}_combine_threshold_bytes": "0" for name in ("all_gather", "reduce_scatter")}
+        return {"xla_gpu_experimental_parallel_collective_overlap_limit": "4", **combined}
     if kind.name == "v5p":
         kinds = (
             "all_gather",
