@@ -1,6 +1,5 @@
 """The compile command on a tiny variant of the large recipe, by the real TPU compiler; its models, from the config alone."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -81,10 +80,8 @@ def test_a_tiny_step_for_tpu(tmp_path):
     assert not found.unknown_kernels
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda13") is None, reason="jax's CUDA plugin is not installed"
-)
 def test_a_tiny_step_for_gpu(tmp_path):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="jax's CUDA plugin is not installed")
     hlo_file = tmp_path / "step.hlo"
     done = compile_tiny(tmp_path, "h100:4", "--config.runtime.remat=full", f"--text={hlo_file}")
     assert done.returncode == 0, done.stderr
