@@ -101,8 +101,11 @@ def compiler_options(device_kind: str) -> dict[str, str]:
     if kind is None:
         return {}
     if not kind.torus_axes:
-        combined = {f"xla_gpu_{name}_combine_threshold_bytes": "0" for name in ("all_gather", "reduce_scatter")}
-        return {"xla_gpu_experimental_parallel_collective_overlap_limit": "4", **combined}
+        return {
+            "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+            "xla_gpu_all_gather_combine_threshold_bytes": str(2**25),  # scales of norms, not matrices of experts
+            "xla_gpu_reduce_scatter_combine_threshold_bytes": "0",
+        }
     if kind.name == "v5p":
         kinds = (
             "all_gather",
