@@ -45,7 +45,7 @@ MACHINES: dict[str, dict[str, Any]] = {
     "v5p-512": {"rows": 1024, "remat": "projections"},
     # 16 x 16 chips with little memory: tokens go to groups of 4 chips, and gradients are scattered along one side first.
     "v5e-256": {"rows": 256, "remat": "full", "stage": 16, "expert": 4, "dispatch": "tokens"},
-    "h100-64": {"rows": 128, "remat": "full"},
+    "h100-64": {"rows": 256, "remat": "projections"},
 }
 CPT_TOKENS = 3_000_000_000_000  # published
 DISTILL_TOKENS = 100_000_000_000  # as Minitron (94B for 15B to 8B)

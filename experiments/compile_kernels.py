@@ -3,10 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from kernels.grouped_matmul import megablox
+from kernels.grouped_matmul import megablox, mosaic_gpu, mosaic_gpu_kernels
 from kwaicoder_jax import models
 from kwaicoder_jax.hardware import hlo, work
-from kwaicoder_jax.models import splash_attention
+from kwaicoder_jax.models import gpu_attention, splash_attention
 
 
 def kernel_work(runtime: models.Runtime) -> work.KernelWork:
@@ -15,15 +15,20 @@ def kernel_work(runtime: models.Runtime) -> work.KernelWork:
     def of(kernel: work.Kernel) -> tuple[float, float] | None:
         if kernel.name.startswith("splash_"):
             return _attention(kernel)
-        if kernel.name not in ("gmm", "tgmm"):
+        if kernel.name.startswith("mha_"):
+            return _gpu_attention(kernel)
+        if kernel.name not in _PRODUCTS and kernel.name not in _OUTERS:
             return kernel.estimate
         # Rows of a buffer that even routing does not fill are not worked on.
         filled = 1 / runtime.expert_buffer if f"/{BY_TOKENS}/" in kernel.source else 1.0
-        return _product(kernel, filled) if kernel.name == "gmm" else _outer(kernel, filled)
+        return _product(kernel, filled) if kernel.name in _PRODUCTS else _outer(kernel, filled)
 
     return of
 
 
+# By name, the module that knows the tiles.
+_PRODUCTS = {"gmm": megablox, mosaic_gpu_kernels.ROWS: mosaic_gpu}
+_OUTERS = {"tgmm": megablox, mosaic_gpu_kernels.OUTER: mosaic_gpu}
 BY_TOKENS = "moe._by_tokens"  # scope of `MoE._by_tokens`
 
 
@@ -35,16 +40,25 @@ def _attention(kernel: work.Kernel) -> tuple[float, float]:
     return splash_attention.work(batch, heads, time, width, size, backward=backward, keys=key.shape[-2])
 
 
+def _gpu_attention(kernel: work.Kernel) -> tuple[float, float]:
+    query = kernel.operands[0]
+    batch, time, heads, width = query.shape
+    if kernel.name == "mha_preprocess_backward":  # sums of products of two arrays
+        return 0.0, 2 * query.nbytes
+    return gpu_attention.work(batch, heads, time, width, _itemsize(query), backward=kernel.name == "mha_backward")
+
+
 def _product(kernel: work.Kernel, filled: float) -> tuple[float, float]:
     (left,), (right,), (out,) = _of_rank(kernel.operands, 2), _of_rank(kernel.operands, 3), kernel.results
     rows, depth = round(filled * left.shape[0]), left.shape[1]
-    return megablox.product_work(rows, right.shape[0], depth, out.shape[1], _itemsize(left))
+    made = _PRODUCTS[kernel.name].product_work
+    return made(rows, right.shape[0], depth, out.shape[1], _itemsize(left))
 
 
 def _outer(kernel: work.Kernel, filled: float) -> tuple[float, float]:
     groups, depth, width = kernel.results[0].shape
     rows = math.prod(_of_rank(kernel.operands, 2)[0].shape) // depth  # its transpose may have been turned around
-    return megablox.outer_work(round(filled * rows), groups, depth, width, _itemsize(kernel.results[0]))
+    return _OUTERS[kernel.name].outer_work(round(filled * rows), groups, depth, width, _itemsize(kernel.results[0]))
 
 
 def _of_rank(arrays: Sequence[hlo.Array], rank: int) -> list[hlo.Array]:

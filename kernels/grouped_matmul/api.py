@@ -13,7 +13,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import cpu, megablox, ragged_dot, reference
+from kernels.grouped_matmul import cpu, megablox, mosaic_gpu, ragged_dot, reference
 
 
 class Backend(enum.StrEnum):
@@ -24,6 +24,7 @@ class Backend(enum.StrEnum):
     REFERENCE = "reference"  # one-hot masks, float32: G times the work
     RAGGED_DOT = "ragged_dot"  # jax.lax.ragged_dot; on CPU and in drhs also G times the work
     MEGABLOX = "megablox"  # jax's Pallas kernels for TPU
+    MOSAIC_GPU = "mosaic_gpu"  # our Pallas kernels for Hopper; bfloat16 and float16, widths that are multiples of 64
 
 
 def grouped_matmul(
@@ -67,18 +68,24 @@ def product(
     """The forward product; dlhs with `transpose_rhs`, for which `rhs` is [G, N, K]; not differentiable."""
 
     def by(module: ModuleType) -> Callable[..., jax.Array]:
-        if transpose_rhs and module is megablox:  # reads them as they lie
-            return functools.partial(megablox.product, transpose_rhs=True)
+        if transpose_rhs and module in (megablox, mosaic_gpu):  # read them as they lie
+            return functools.partial(module.product, transpose_rhs=True)
         if transpose_rhs:
             return lambda lhs_MK, rhs_GNK, sizes_G: module.product(lhs_MK, rhs_GNK.swapaxes(1, 2), sizes_G)
         return module.product
 
-    return _dispatch(backend, by, lhs_MK, rhs_GKN, group_sizes_G)
+    width = rhs_GKN.shape[1 if transpose_rhs else 2]
+    return _dispatch(backend, by, _on_gpu(lhs_MK, width), lhs_MK, rhs_GKN, group_sizes_G)
 
 
 def outer(backend: Backend, lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
     """The product drhs[g] = lhs[rows of g]^T @ dout[rows of g]: [G, K, N]; not differentiable."""
-    return _dispatch(backend, lambda module: module.outer, lhs_MK, dout_MN, group_sizes_G)
+    on_gpu = _on_gpu(lhs_MK, dout_MN.shape[1])
+    return _dispatch(backend, lambda module: module.outer, on_gpu, lhs_MK, dout_MN, group_sizes_G)
+
+
+def _on_gpu(lhs_MK: jax.Array, width: int) -> ModuleType:
+    return mosaic_gpu if mosaic_gpu.fits(lhs_MK.dtype, lhs_MK.shape[1], width) else ragged_dot
 
 
 _BACKENDS = {
@@ -86,17 +93,20 @@ _BACKENDS = {
     Backend.REFERENCE: reference,
     Backend.RAGGED_DOT: ragged_dot,
     Backend.MEGABLOX: megablox,
+    Backend.MOSAIC_GPU: mosaic_gpu,
 }
 
 
 def _dispatch(
-    backend: Backend, function_of: Callable[[ModuleType], Callable[..., jax.Array]], *operands: jax.Array
-) -> jax.Array:
+    backend: Backend, function_of: Callable[[ModuleType], Callable[..., jax.Array]], on_gpu: ModuleType,
+    *operands: jax.Array,
+) -> jax.Array:  # fmt: skip
     if backend is not Backend.AUTO:
         return function_of(_BACKENDS[backend])(*operands)
     return jax.lax.platform_dependent(
-        *operands, cpu=function_of(cpu), tpu=function_of(megablox), default=function_of(ragged_dot)
-    )
+        *operands, cpu=function_of(cpu), tpu=function_of(megablox), cuda=function_of(on_gpu),
+        default=function_of(ragged_dot),
+    )  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -51,14 +51,20 @@ class Collective:
         return tuple(name for name, row in zip(names, places, strict=True) if len(set(row.tolist())) > 1)
 
 
-def find(module: Module, *, rare: Sequence[str] = ()) -> list[Collective]:
-    """All collectives that are executed, but for those in the scopes `rare`, see `work.measure`."""
+def find(module: Module, *, rare: Sequence[str] = (), products_only: bool = False) -> list[Collective]:
+    """All collectives that are executed.
+
+    Args:
+      module: the program.
+      rare: scopes whose collectives are left out, see `work.measure`.
+      products_only: what else does not hide one, see `work.computes`.
+    """
     found: list[Collective] = []
     chains: dict[tuple[int, str, str, float], int] = {}
     for computation, instruction, times in module.walk():
         if instruction.op in ("async-start", "call-start"):
             continue  # `walk` goes into what it calls
-        hidden = _is_hidden(module, computation, instruction) if _may_hide(instruction) else False
+        hidden = _may_hide(instruction) and _is_hidden(module, computation, instruction, products_only)
         for inner, each in _inside(module, computation, instruction):
             if any(f"/{scope}/" in each.source for scope in rare):
                 continue
@@ -71,7 +77,7 @@ def find(module: Module, *, rare: Sequence[str] = ()) -> list[Collective]:
                 continue
             chains[key] = len(found)
             found.append(made)
-    hidden_calls = _hidden_calls(module)
+    hidden_calls = _hidden_calls(module, products_only)
     return [
         dataclasses.replace(each, is_hidden=True) if each.name in hidden_calls else each
         for each in found
@@ -105,7 +111,7 @@ def _may_hide(instruction: Instruction) -> bool:
     return instruction.op.endswith("-start")
 
 
-def _is_hidden(module: Module, computation: Computation, start: Instruction) -> bool:
+def _is_hidden(module: Module, computation: Computation, start: Instruction, products_only: bool) -> bool:
     """Whether there is arithmetic between a start and its end, or no end in this iteration."""
     began = False
     for each in computation.values():
@@ -113,16 +119,18 @@ def _is_hidden(module: Module, computation: Computation, start: Instruction) -> 
             began = True
         elif began and start.name in each.operands and each.op.endswith(("-done", "-update")):
             return False
-        elif began and computes(module, computation, each):
+        elif began and computes(module, each, products_only=products_only):
             return True
     return True
 
 
-def _hidden_calls(module: Module) -> set[str]:
+def _hidden_calls(module: Module, products_only: bool) -> set[str]:
     """Names of collectives in computations that run beside the core, and behind which arithmetic goes on."""
     names = set()
     for computation, instruction, _ in module.walk():
-        if instruction.op in ("async-start", "call-start") and _is_hidden(module, computation, instruction):
+        if instruction.op not in ("async-start", "call-start"):
+            continue
+        if _is_hidden(module, computation, instruction, products_only):
             callee = instruction.attribute(r"(?:calls|to_apply)=%?([\w.\-]+)")
             inner = module.computations.get(callee or "", Computation())
             names |= {found.name for each in inner.values() for _, found in _inside(module, inner, each)}

@@ -126,7 +126,8 @@ def analyze(
       rare: see `work.measure`.
     """
     module = hlo.parse(compiled.as_text())
-    executed, found = work.measure(module, kernel_work, rare=rare), collectives.find(module, rare=rare)
+    executed = work.measure(module, kernel_work, rare=rare)
+    found = collectives.find(module, rare=rare, products_only=not machine.chip.torus_axes)
     stats = compiled.memory_analysis()
     memory = {
         "arguments": stats.argument_size_in_bytes,

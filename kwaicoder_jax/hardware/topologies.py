@@ -48,7 +48,8 @@ class Topology:
     def bandwidth(self, members: Sequence[Any], *, pairwise: bool = False) -> float:
         """Bytes per second that each of these devices can send in a collective among them.
 
-        On a torus: the links of the axes along which they differ, half of them where such an axis is no ring.
+        On a torus: the links of the axes along which they differ, half of them where such an axis is no ring. On GPUs a ring
+        enters a host once, and NCCL makes as many rings as a host has members, each through the network of another one.
 
         Args:
           members: devices of jax.
@@ -58,7 +59,8 @@ class Topology:
         """
         if not self.chip.torus_axes:
             hosts = {device.process_index for device in members}
-            return self.chip.link_bandwidth if len(hosts) == 1 else self.chip.network_bandwidth
+            network = self.chip.network_bandwidth * len(members) / len(hosts)
+            return self.chip.link_bandwidth if len(hosts) == 1 else min(self.chip.link_bandwidth, network)
         places = [device.coords for device in members]
         total, slowest = 0.0, 0.0
         for axis in range(min(len(self.shape), self.chip.torus_axes)):
@@ -100,10 +102,19 @@ def compiler_options(device_kind: str) -> dict[str, str]:
 
     On v5p the SparseCores move the data. Without them the compiler of libtpu 0.0.42 writes a reduce-scatter over a whole
     torus as an all-reduce and a slice, and waits for every gather.
+
+    On GPUs the scheduler starts one collective after the other unless it is told that several may run at a time, and what
+    it has combined into one has to wait for the last of its parts: a fifth of the bytes is behind products then.
     """
     kind = chip_of(device_kind)
-    if kind is None or not kind.torus_axes:
+    if kind is None:
         return {}
+    if not kind.torus_axes:
+        return {
+            "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
+            "xla_gpu_all_gather_combine_threshold_bytes": str(2**25),  # scales of norms, not matrices of experts
+            "xla_gpu_reduce_scatter_combine_threshold_bytes": "0",
+        }
     if kind.name == "v5p":
         kinds = (
             "all_gather",

@@ -20,6 +20,8 @@ _FREE = (
     "call-done", "rng-get-and-update-state",
 )  # fmt: skip
 
+_OPERANDS_IN_TYPE = ("all-gather-start", "reduce-scatter-start", "all-to-all-start", "collective-permute-start")
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -94,11 +96,20 @@ def measure(module: Module, kernel_work: KernelWork = estimated, *, rare: Sequen
     return Work(sum(flops.values()), dict(flops), moved, dict(unknown), module.unknown_loops(rare))
 
 
-def computes(module: Module, computation: Computation, instruction: Instruction) -> bool:
-    """Whether the instruction is arithmetic of some size, something that a transfer can hide behind."""
+def computes(module: Module, instruction: Instruction, *, products_only: bool = False) -> bool:
+    """Whether the instruction is arithmetic of some size, something that a transfer can hide behind.
+
+    Args:
+      module: the program.
+      instruction: of it.
+      products_only: fusions without a product do not count. TPU programs are fusions throughout; on GPU those are small.
+    """
+    if instruction.op == "fusion" and products_only:
+        inner = module.computations[instruction.attribute(r"calls=%?([\w.\-]+)") or ""]
+        return any(computes(module, each, products_only=True) for each in inner.values())
     if instruction.op in ("while", "convolution", "dot", "fusion"):
         return True
-    return instruction.op == "custom-call" and _is_kernel(instruction)
+    return instruction.op == "custom-call" and (_is_kernel(instruction) or _is_gemm(instruction))
 
 
 def _flops(
@@ -112,7 +123,7 @@ def _flops(
         kernel = _kernel(computation, instruction)
         known = kernel_work(kernel)
         return {kernel.name: None if known is None else known[0]}
-    if instruction.op == "custom-call" and "gemm" in (instruction.attribute(r'custom_call_target="([^"]*)"') or ""):
+    if instruction.op == "custom-call" and _is_gemm(instruction):
         types = computation.operand_types(instruction)
         return {_matmul(types): _gemm_flops(instruction, types)}
     total: dict[str, float | None] = {}
@@ -134,6 +145,10 @@ def operand_type(kind: str) -> str:
     return kind.removeprefix(MATMUL).strip() if kind.startswith(f"{MATMUL} ") else "bf16"
 
 
+def _is_gemm(instruction: Instruction) -> bool:
+    return "gemm" in (instruction.attribute(r'custom_call_target="([^"]*)"') or "")
+
+
 def _is_kernel(instruction: Instruction) -> bool:
     return any(name in (instruction.attribute(r'custom_call_target="([^"]*)"') or "") for name in KERNELS)
 
@@ -142,9 +157,16 @@ def _kernel(computation: Computation, instruction: Instruction) -> Kernel:
     flops = instruction.attribute(r'cost_estimate"?:\{"flops":"?(\d+)')
     moved = instruction.attribute(r'bytes_accessed"?:"?(\d+)')
     read = [array for type_ in computation.operand_types(instruction) for array in arrays(type_)]
-    name = re.sub(r"[.\d]+$", "", instruction.name)
+    name = _kernel_name(instruction) or re.sub(r"[.\d]+$", "", instruction.name)
     estimate = None if flops is None else (float(flops), float(moved or 0))
     return Kernel(name, read, arrays(instruction.type), estimate, instruction.source)
+
+
+def _kernel_name(instruction: Instruction) -> str | None:
+    """Of a GPU's kernel: Triton's stands in its configuration, Mosaic GPU's in the source alone."""
+    if "tpu_custom_call" in instruction.attributes:
+        return None
+    return instruction.attribute(r'\bname = "(\w+)"') or instruction.attribute(r"(\w+)\)*/mpmd_map\b")
 
 
 def _dot_flops(instruction: Instruction, operands: Sequence[str]) -> float:
@@ -213,6 +235,8 @@ def _hbm_bytes(module: Module, computation: Computation, instruction: Instructio
         known = kernel_work(_kernel(computation, instruction))
         if known is not None:
             return known[1]
+    if instruction.op in _OPERANDS_IN_TYPE:
+        return _in_hbm(instruction.type)
     types = computation.operand_types(instruction)
     if instruction.op in ("dynamic-slice", "gather", "slice"):
         return 2 * _in_hbm(instruction.type)

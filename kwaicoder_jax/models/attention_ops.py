@@ -6,7 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kwaicoder_jax.models import context_attention, splash_attention
+from kwaicoder_jax.models import context_attention, gpu_attention, splash_attention
 from kwaicoder_jax.models.attention_sharding import on_each_device
 from kwaicoder_jax.models.remat import ATTENTION, named
 
@@ -16,10 +16,11 @@ _MASKED = -1e30
 class AttentionBackend(enum.StrEnum):
     """Which implementation computes attention."""
 
-    AUTO = "auto"  # splash on TPU where it fits, blocked where it applies (same_sequence), else by rows
+    AUTO = "auto"  # splash on TPU, flash on GPU where they fit, blocked where it applies (same_sequence), else by rows
     REFERENCE = "reference"  # the full square of scores, in float32
     BLOCKED = "blocked"  # blocks of queries against the keys up to the block's end; the backward pass recomputes
     SPLASH = "splash"  # jax's Pallas kernels for TPU; what they do not fit is done as by "auto" elsewhere
+    FLASH = "flash"  # jax's Pallas kernels for GPU; the same
 
 
 def dot_product_attention(
@@ -70,6 +71,12 @@ def dot_product_attention(
     if on_tpu and same_sequence and window is None and splash_attention.fits(time, width, v_BSKN.shape[-1]):
         return on_each_device(
             functools.partial(splash_attention.attention, scale=scale), (q_BTHN, k_BSKN, v_BSKN), q_segments_BT
+        )
+    on_gpu = chosen is AttentionBackend.FLASH or (chosen is AttentionBackend.AUTO and platform == "gpu")
+    flash_fits = gpu_attention.fits(time, width, v_BSKN.shape[-1], q_BTHN.dtype)
+    if on_gpu and same_sequence and window is None and flash_fits:
+        return on_each_device(
+            functools.partial(gpu_attention.attention, scale=scale), (q_BTHN, k_BSKN, v_BSKN), q_segments_BT
         )
     masks = (q_positions_BT, k_positions_BS, q_segments_BT, k_segments_BS, window)
     out_shape = (batch, time, heads, v_BSKN.shape[-1])

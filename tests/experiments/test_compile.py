@@ -86,6 +86,30 @@ def test_a_tiny_step_for_tpu(tmp_path):
     assert not found.unknown_kernels
 
 
+def test_a_tiny_step_for_gpu(tmp_path):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="jax's CUDA plugin is not installed")
+    hlo_file = tmp_path / "step.hlo"
+    done = compile_tiny(tmp_path, "h100:4", "--config.runtime.remat=full", f"--text={hlo_file}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "compile/cpt/h100_4/summary.json").read_text())
+    assert summary["fits"]
+    assert 1.2 < summary["flops_ratio"] < 8
+    kinds = {each["kind"] for each in summary["collectives"]}
+    assert {"all-gather", "reduce-scatter"} <= kinds
+    mixture = recipe_models.model_before(_tiny(), "cpt")
+    experts = mixture.experts
+    assert experts is not None
+    matrices = 2 * 3 * experts.num_experts * mixture.model_dim * experts.mlp_dim  # bytes of a layer's experts
+    sums = [each for each in summary["collectives"] if each["kind"] == "all-reduce"]
+    assert sum(each["wire_bytes"] for each in sums) < matrices / 4  # gradients are scattered
+    module = hlo.parse(hlo_file.read_text())
+    found = work.measure(module, compile_kernels.kernel_work(models.Runtime()))
+    kernels = {"grouped_rows_gpu", "grouped_outer_gpu", "mha_forward", "mha_backward"}
+    assert kernels <= set(found.by_kind)
+    assert not found.unknown_loops
+    assert not found.unknown_kernels
+
+
 @pytest.mark.slow
 def test_a_tiny_step_whose_time_is_split(tmp_path):
     """Keys and values are gathered along context and their gradients scattered; the kernels run on chunks of queries."""

@@ -161,3 +161,62 @@ def test_what_lies_on_chip_is_no_traffic():
     # a: read by the product and nothing else that counts; b lies in another memory space; the sum reads and writes.
     whole, part = 32 * 128 * 2, 8 * 128 * 2
     assert work.measure(hlo.parse(SCHEDULED)).hbm_bytes == 2 * part + 50 + 3 * whole + 2 * (part + whole)
+
+
+# As the GPU compiler writes it, shortened: behind the gather there is a small fusion, behind the scatter a product.
+ON_GPU = """HloModule jit_step, is_scheduled=true, num_partitions=4
+
+%small (p: bf16[8,128]) -> bf16[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %minus = bf16[8,128]{1,0} negate(%p)
+}
+
+%gemm (q: bf16[8,128], r: bf16[128,128]) -> bf16[8,128] {
+  %q = bf16[8,128]{1,0} parameter(0)
+  %r = bf16[128,128]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[8,128]{1,0} dot(%q, %r), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (a: bf16[8,128], b: bf16[128,128]) -> bf16[8,128] {
+  %a = bf16[8,128]{1,0} parameter(0)
+  %b = bf16[128,128]{1,0} parameter(1)
+  %gather = (bf16[8,128]{1,0}, bf16[32,128]{1,0}) all-gather-start(%a), replica_groups={{0,1,2,3}}, dimensions={0}
+  %fused = bf16[8,128]{1,0} fusion(%a), kind=kLoop, calls=%small
+  %gathered = bf16[32,128]{1,0} all-gather-done(%gather)
+  %scatter = ((bf16[32,128]{1,0}), (bf16[8,128]{1,0})) reduce-scatter-start(%gathered), replica_groups={{0,1,2,3}},
+    dimensions={0}, to_apply=%add
+  %product = bf16[8,128]{1,0} fusion(%fused, %b), kind=kCustom, calls=%gemm
+  %scattered = bf16[8,128]{1,0} reduce-scatter-done(%scatter)
+  %mpmd_map.3 = bf16[8,128]{1,0} custom-call(%product, %b), custom_call_target="mosaic_gpu_v2",
+    metadata={op_name="jit(f)/transpose(jvp(grouped_rows_gpu))/mpmd_map" stack_frame_id=6}
+  ROOT %pallas_call.5 = bf16[8,128]{1,0} custom-call(%mpmd_map.3), custom_call_target="__gpu$xla.gpu.triton",
+    metadata={op_name="jit(f)/pallas_call"},
+    backend_config={grid_x = 1 : i32, name = "mha_forward", num_warps = 4 : i32}
+}
+"""
+
+
+def test_on_gpu_a_collective_hides_behind_products_alone():
+    from kwaicoder_jax.hardware import collectives
+
+    module = hlo.parse(ON_GPU)
+    assert [each.is_hidden for each in collectives.find(module)] == [True, True]
+    gather, scatter = collectives.find(module, products_only=True)
+    assert (gather.kind, gather.is_hidden) == ("all-gather", False)
+    assert (scatter.kind, scatter.is_hidden) == ("reduce-scatter", True)
+    assert gather.wire_bytes == scatter.wire_bytes == 3 / 4 * 32 * 128 * 2
+
+
+def test_kernels_of_gpus_by_their_names_and_bytes_of_collectives_once():
+    seen = []
+
+    def known(kernel):
+        seen.append(kernel.name)
+        return 5.0, 0.0
+
+    executed = work.measure(hlo.parse(ON_GPU), known)
+    assert set(seen) == {"grouped_rows_gpu", "mha_forward"}
+    assert executed.by_kind == {"matmul": 2 * 8 * 128 * 128, "grouped_rows_gpu": 5, "mha_forward": 5}
+    part, whole, matrix = 8 * 128 * 2, 32 * 128 * 2, 128 * 128 * 2
+    # Gather and scatter read and write one array each; the fusions read and write theirs.
+    assert executed.hbm_bytes == 2 * (part + whole) + 2 * part + (2 * part + matrix)

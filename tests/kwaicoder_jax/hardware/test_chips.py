@@ -1,5 +1,7 @@
 """The chip table and its roofline."""
 
+import types
+
 import pytest
 
 from kwaicoder_jax import hardware
@@ -38,4 +40,15 @@ def test_chips_by_what_jax_calls_them(kind, name):
 def test_options_are_the_chips_own():
     assert "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter" in hardware.compiler_options("TPU v5")
     assert "xla_enable_async_all_gather" in hardware.compiler_options("TPU v5 lite")
-    assert hardware.compiler_options("NVIDIA H100 80GB HBM3") == hardware.compiler_options("cpu") == {}
+    on_h100 = hardware.compiler_options("NVIDIA H100 80GB HBM3")
+    assert int(on_h100["xla_gpu_experimental_parallel_collective_overlap_limit"]) > 1
+    assert hardware.compiler_options("cpu") == hardware.compiler_options("NVIDIA A100") == {}
+
+
+def test_rings_over_hosts_use_the_network_of_each_of_their_members():
+    gpus = [types.SimpleNamespace(process_index=place // 8) for place in range(64)]
+    machine = hardware.Topology("h100:8x8", hardware.chip("h100"), gpus, (8, 8), (False, False))
+    assert machine.bandwidth(gpus[:8]) == machine.bandwidth(gpus[9:11]) == 450e9  # NVLink
+    assert machine.bandwidth(gpus) == machine.bandwidth(gpus[:16]) == 8 * 50e9
+    assert machine.bandwidth(gpus[::8]) == 50e9
+    assert machine.bandwidth(gpus[::4]) == 2 * 50e9
