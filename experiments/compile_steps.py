@@ -1,6 +1,7 @@
 """The steps of a recipe as functions of shapes: what its stages would run, on a machine that is not here."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ class Step:
 def make(context: Context, step: str, machine: hardware.Topology) -> Step:
     """The step of the stage `step` of the context's recipe; UserError for a recipe that does not tell its shapes."""
     mesh = training.make_mesh(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"), machine.devices)
+    if context.workdir is None:  # a run names its folder, though nothing is written to it here
+        context = dataclasses.replace(context, workdir=pathlib.Path())
     return STEPS[step](context, mesh)
 
 
