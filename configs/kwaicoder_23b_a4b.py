@@ -122,7 +122,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.runtime.scatter_stage = machine.get("stage", 0)
     config.runtime.dispatch = machine.get("dispatch", "weights")
     config.runtime.expert_buffer = 1.5
-    config.loader = {"streams": 1024}  # a multiple of any number of hosts that may read them
+    # A multiple of any number of hosts, as far as the rows of the longest sequences go round.
+    config.loader = {"streams": min(rows, rows * 4096 // length)}
     config.validation = {"batch_size": rows, "sequence_length": 4096, "max_tokens_per_source": 2_000_000}
     # The imported model, so that shapes are known before it is there. float32 weights, bfloat16 arithmetic.
     config.model = {**TEACHERS[teacher], "dtype": "bfloat16", "param_dtype": "float32"}

@@ -92,7 +92,7 @@ def _rows(
     return lambda batch: top_k(params, training.shard_batch(batch, mesh))
 
 
-def _write(context: Context, writer: distillation.CacheWriter, batches: data.TrainingLoader, rows: Rows, every: int):
+def _write(context: Context, writer: distillation.CacheWriter, batches: data.Loader, rows: Rows, every: int):
     """All batches, a shard each `every` steps; a step is written while the next one is computed."""
     pending: tuple[data.Batch, distillation.TopK] | None = None
     with context.stop.deferred(), context.display.progress(batches.steps, "steps") as update:

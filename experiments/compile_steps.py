@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from experiments import cpt, distill, guides, language_model, recipe_models
 from experiments.contract import Context, Stage
 from experiments.training_stage import Run, abstract_tree, build, phases_of, program_of
-from kwaicoder_jax import distillation, hardware, training
+from kwaicoder_jax import data, distillation, hardware, training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +72,12 @@ def _of(context: Context, stage: Stage) -> Context:
 def _training(context: Context, run: Run, mesh: Mesh) -> Step:
     """The step of a training stage on batches of its first phase."""
     name = context.stage.name
-    phase = phases_of(context.section, name).data[0]
+    phases = phases_of(context.section, name).data
+    data.check_streams(phases, context.config["loader"]["streams"])
+    for phase in phases:
+        training.check_rows(phase.batch_size, mesh)
+    phase = phases[0]
     program = program_of(context.section, name, run, mesh)
-    training.check_rows(phase.batch_size, mesh)
     batch = training.abstract_batch((phase.batch_size, phase.sequence_length), training.batch_sharding(mesh))
     flops = run.flops_per_token(phase.sequence_length) * phase.batch_size * phase.sequence_length
     return Step(program.step, (program.state, batch, run.frozen), mesh, flops)

@@ -218,6 +218,8 @@ def _record(context: Context) -> dict[str, Any]:
     stage = context.stage
     config = {name: context.config[name] for name in (stage.name, *stage.sections) if name in context.config}
     config[stage.name] = {name: x for name, x in config[stage.name].items() if name not in stage.places}
+    if "loader" in config:
+        config["loader"] = {name: x for name, x in config["loader"].items() if name != "workers"}  # as many as read
     config["seed"] = context.config.get("seed", 0)
     identities, names = {}, {}
     for role, name in stage.inputs(context).items():

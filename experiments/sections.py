@@ -35,6 +35,7 @@ class Loader:
     """loader."""
 
     streams: int
+    workers: int = 0  # processes that read; any number gives the same batches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,13 +55,16 @@ def corpus_of(context: Context) -> data.Corpus:
     return data.Corpus.open(context.inputs["corpus"] / "corpus")
 
 
-def loader_of(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any) -> data.TrainingLoader:
+def loader_of(context: Context, corpus: data.Corpus, phases: list[data.PhaseSpec], mesh: Any) -> data.Loader:
     """This process's share of the batches of some phases, from their start."""
     index, count = training.row_share(mesh)
-    return data.TrainingLoader(
-        corpus, phases, seed=context.seed, streams=context.config["loader"]["streams"],
-        process_index=index, process_count=count,
-    )  # fmt: skip
+    section = context.config["loader"]
+    share: dict[str, Any] = {
+        "seed": context.seed, "streams": section["streams"], "process_index": index, "process_count": count,
+    }  # fmt: skip
+    if workers := section.get("workers", 0):
+        return data.WorkerLoader(corpus, phases, workers=workers, **share)
+    return data.TrainingLoader(corpus, phases, **share)
 
 
 def calibration_phase(context: Context) -> data.PhaseSpec:
@@ -257,6 +260,8 @@ def train(context: Context, run: Run, corpus: data.Corpus, mesh: Any, label: str
         drive(context, loop, label)
     finally:
         loader.close()
+        if isinstance(batches, data.WorkerLoader):
+            batches.close()
     return summarise(run.folder)
 
 
@@ -320,7 +325,7 @@ def _with_moments(state: training.TrainState, run: Run) -> training.TrainState:
 class _Prepared(data.TrainingLoader):
     """A loader whose batches are prepared further; its position is that of the loader."""
 
-    def __init__(self, loader: data.TrainingLoader, prepare: Callable[[data.Batch], data.Batch]):
+    def __init__(self, loader: data.Loader, prepare: Callable[[data.Batch], data.Batch]):
         self._loader, self._prepare = loader, prepare
 
     def __next__(self) -> data.Batch:

@@ -7,13 +7,14 @@ loader = TrainingLoader(corpus, [PhaseSpec(100, 32, 512, {"code": 1.0})], seed=0
 
 from kwaicoder_jax.data.corpus import Corpus, Documents
 from kwaicoder_jax.data.fill_in_the_middle import FimOptions, infilling_prompt
-from kwaicoder_jax.data.loader import PhaseSpec, TrainingLoader, merge_states, prefetch
+from kwaicoder_jax.data.loader import PhaseSpec, TrainingLoader, check_streams, merge_states, prefetch
 from kwaicoder_jax.data.packing import Batch
 from kwaicoder_jax.data.prepare import KINDS, prepare
 from kwaicoder_jax.data.sources import Document, Source
 from kwaicoder_jax.data.spellings import can_infill, stop_tokens, with_end
 from kwaicoder_jax.data.tokenizer import SpecialTokens, Tokenizer
 from kwaicoder_jax.data.validation import validation_batches
+from kwaicoder_jax.data.workers import Loader, WorkerLoader
 
 __all__ = [
     "KINDS",
@@ -22,12 +23,15 @@ __all__ = [
     "Document",
     "Documents",
     "FimOptions",
+    "Loader",
     "PhaseSpec",
     "Source",
     "SpecialTokens",
     "Tokenizer",
     "TrainingLoader",
+    "WorkerLoader",
     "can_infill",
+    "check_streams",
     "infilling_prompt",
     "merge_states",
     "prefetch",

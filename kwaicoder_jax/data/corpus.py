@@ -71,6 +71,11 @@ class Corpus:
         return corpus
 
     @property
+    def path(self) -> Any:
+        """Its folder."""
+        return self._path
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """Names of the sources, in alphabetical order."""
         return tuple(sorted(self.manifest["sources"]))

@@ -20,6 +20,7 @@ from kwaicoder_jax.errors import UserError
 
 # Rows that a stream packs together. More rows waste fewer places; fewer are quicker to rebuild after a restart.
 _PACKED_ROWS = 16
+_ORDER = 2  # changes when the same settings come to give other batches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +59,21 @@ class _Run(NamedTuple):
     rows: int
 
 
-def _runs(phases: Sequence[PhaseSpec], streams: int) -> list[_Run]:
+def runs_of(phases: Sequence[PhaseSpec], streams: int, stream: int) -> list[_Run]:
+    """A stream's rows, phase by phase, in packings that no phase leaves unfinished.
+
+    The first packing of a phase is shorter in some streams than in others. They would all pack in the same step
+    otherwise, and the loader, fast enough on average, would be waited for there.
+    """
     runs = []
     for number, phase in enumerate(phases):
-        rows = phase.steps * phase.batch_size // streams
-        bins = min(rows, max(_PACKED_ROWS, phase.batch_size // streams))
-        runs.append(_Run(number, bins, rows // bins * bins))
-        if rest := rows % bins:
-            runs.append(_Run(number, rest, rest))
+        share = phase.batch_size // streams
+        rows = phase.steps * share
+        bins = min(rows, max(_PACKED_ROWS, share))
+        first = min(rows, share * (1 + stream % max(1, bins // share)))
+        rest = (rows - first) % bins
+        parts = [(first, first), (bins, rows - first - rest), (rest, rest)]
+        runs += [_Run(number, each, total) for each, total in parts if total]
     return runs
 
 
@@ -76,11 +84,12 @@ class _StreamRows:
         self._loader, self._sources, self._stream = loader, sources, stream
         self._unused: dict[str, Any] = {}  # cursors of sources that an earlier run read and this one does not
         self._run, self._row = 0, 0
+        self._runs = runs_of(loader.phases, loader.streams, stream)
         self._enter(mixing.start_state(len(sources)))
 
     def _enter(self, mix_state: dict[str, Any]) -> None:
         """Makes the packer of the present run, over examples that start at `mix_state`."""
-        loader, run = self._loader, self._loader.runs[self._run]
+        loader, run = self._loader, self._runs[self._run]
         phase = loader.phases[run.phase]
         total = sum(phase.mixture.values())
         weights = tuple(phase.mixture.get(name, 0.0) / total for name in self._sources)
@@ -95,7 +104,7 @@ class _StreamRows:
         self._examples = iter(examples)
 
     def __next__(self) -> dict[str, Any]:
-        runs = self._loader.runs
+        runs = self._runs
         run = runs[self._run]
         if self._row == run.rows:
             # The packer has given all rows it packed; its parent state is just before the example that did not fit.
@@ -110,7 +119,7 @@ class _StreamRows:
 
     def get_state(self) -> dict[str, Any]:
         state = {"run": self._run, "row": self._row, "packer": self._packer.get_state(), "unused": self._unused}
-        if self._run == len(self._loader.runs) - 1 and self._row == self._loader.runs[-1].rows:
+        if self._run == len(self._runs) - 1 and self._row == self._runs[-1].rows:
             self._examples.set_state(state["packer"]["parent"])
             state["after"] = self._unused | dict(zip(self._sources, self._examples.carried_over()["cursors"]))
         return state
@@ -139,7 +148,6 @@ class TrainingLoader(Iterator[packing.Batch]):
     Attributes:
       step: batches given so far.
       steps: batches in all.
-      runs: the phases, in parts that streams pack without a remainder.
     """
 
     def __init__(
@@ -164,7 +172,6 @@ class TrainingLoader(Iterator[packing.Batch]):
         """
         self.corpus, self.phases, self.seed, self.streams = corpus, tuple(phases), seed, streams
         self._check(process_count, process_index)
-        self.runs = _runs(self.phases, streams)
         self.steps = sum(phase.steps for phase in self.phases)
         self.step = 0
         names = sorted({name for phase in self.phases for name in phase.mixture})
@@ -174,17 +181,10 @@ class TrainingLoader(Iterator[packing.Batch]):
         self._rows = {number: _StreamRows(self, sources, number) for number in numbers}
 
     def _check(self, process_count: int, process_index: int) -> None:
-        if not self.phases:
-            raise UserError("there is no phase", where="phases")
-        if self.streams < 1 or process_count < 1 or self.streams % process_count:
-            what = f"{self.streams} is not a multiple of the {process_count} processes"
-            raise UserError(what, where="loader.streams", remedy="use a multiple of every process count to be used")
+        check_streams(self.phases, self.streams, process_count)
         if not 0 <= process_index < process_count:
             raise ValueError(f"process {process_index} of {process_count}")
         for number, phase in enumerate(self.phases):
-            if phase.batch_size % self.streams:
-                what = f"{self.streams} does not divide phase {number}'s batch of {phase.batch_size}"
-                raise UserError(what, where="loader.streams", remedy="use a divisor of every batch size")
             if unknown := sorted(set(phase.mixture) - set(self.corpus.sources)):
                 what = f"the corpus has no source {unknown[0]!r}"
                 raise UserError(what, where=f"phases[{number}].mixture", remedy=f"it has {self.corpus.sources}")
@@ -202,7 +202,10 @@ class TrainingLoader(Iterator[packing.Batch]):
 
     def _identity(self) -> dict[str, Any]:
         phases = [dataclasses.asdict(dataclasses.replace(phase, mixture=dict(phase.mixture))) for phase in self.phases]
-        return {"seed": self.seed, "streams": self.streams, "phases": files.digest(phases), "corpus": self.corpus.hash}
+        return {
+            "seed": self.seed, "streams": self.streams, "phases": files.digest(phases), "corpus": self.corpus.hash,
+            "order": _ORDER,
+        }  # fmt: skip
 
     def get_state(self) -> dict[str, Any]:
         """Returns the position as JSON: the run's identity, the step, and this process's streams by number.
@@ -245,7 +248,7 @@ class TrainingLoader(Iterator[packing.Batch]):
           UserError: a run that was not at its end, or one of another seed, number of streams or corpus.
         """
         mine = self._identity()
-        for field in ("seed", "streams", "corpus"):
+        for field in ("seed", "streams", "corpus"):  # and not "order": cursors by source mean the same
             if (saved := state["identity"][field]) != mine[field]:
                 what = f"the earlier run's data had {field} {saved}, this run has {mine[field]}"
                 raise UserError(what, where=f"loader.{field}", remedy="use the same, or do not continue its data")
@@ -254,6 +257,19 @@ class TrainingLoader(Iterator[packing.Batch]):
             if cursors is None:
                 raise UserError("the earlier run is not at its end", where="loader", remedy="finish it")
             rows.start_from(cursors)
+
+
+def check_streams(phases: Sequence[PhaseSpec], streams: int, process_count: int = 1) -> None:
+    """UserError for streams that the processes, or the rows of some phase, cannot be shared among evenly."""
+    if not phases:
+        raise UserError("there is no phase", where="phases")
+    if streams < 1 or process_count < 1 or streams % process_count:
+        what = f"{streams} is not a multiple of the {process_count} processes"
+        raise UserError(what, where="loader.streams", remedy="use a multiple of every process count to be used")
+    for number, phase in enumerate(phases):
+        if phase.batch_size % streams:
+            what = f"{streams} does not divide phase {number}'s batch of {phase.batch_size}"
+            raise UserError(what, where="loader.streams", remedy="use a divisor of every batch size")
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -265,8 +281,8 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**first, "streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
 
 
-def prefetch(loader: TrainingLoader, batches: int = 2) -> ThreadPrefetchDatasetIterator:
-    """Returns an iterator whose background thread keeps up to `batches` batches ready; leave `loader` to it.
+def prefetch(loader: Any, batches: int = 2) -> ThreadPrefetchDatasetIterator:
+    """Returns an iterator whose background thread keeps up to `batches` batches of a loader ready; leave it to that.
 
     Its `get_state` is the position after the batch that was given last, not that of the thread; `set_state` takes what
     the loader's does; `close` ends the thread.

@@ -24,7 +24,7 @@ TINY = {
     "model.layers": 3, "model.model_dim": 512, "model.mlp_dim": 4096, "model.heads": 4, "model.kv_heads": 2,
     "model.vocab_size": 1024, "prune.target.layers": 2, "prune.target.model_dim": 256, "prune.target.mlp_dim": 2048,
     "upcycle.granularity": 4, "upcycle.replicas": 2, "cpt.phases.phase1.batch_size": 4,
-    "cpt.phases.phase1.sequence_length": 256,
+    "cpt.phases.phase1.sequence_length": 256, "loader.streams": 4,
 }  # fmt: skip
 
 

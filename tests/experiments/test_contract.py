@@ -51,6 +51,20 @@ def test_a_changed_field_is_named(tmp_path, change, field):
     contract.run(context(tmp_path, **change), restart=True)
 
 
+def test_how_many_read_may_change_and_what_they_read_may_not(tmp_path):
+    def with_loader(**loader):
+        made = context(tmp_path)
+        made.stage = contract.Stage("one", lambda context: {"answer": 42}, ("loader",))
+        made.config = {**made.config, "loader": loader}
+        return made
+
+    contract.run(with_loader(streams=4))
+    contract.run(with_loader(streams=4, workers=2))
+    with pytest.raises(UserError) as error:
+        contract.run(with_loader(streams=8, workers=2))
+    assert error.value.where == "loader.streams"
+
+
 def failing(context):
     (context.folder / "half").write_text("half")
     raise UserError("bad", where="one.x")

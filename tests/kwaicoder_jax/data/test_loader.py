@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kwaicoder_jax import data
+from kwaicoder_jax.data import loader as loading
 from kwaicoder_jax.data import mixing
 from kwaicoder_jax.errors import UserError
 
@@ -477,3 +478,25 @@ def test_going_on_needs_the_end_of_a_run_like_this_one(corpus):
     list(one)
     with pytest.raises(UserError, match=r"loader\.seed"):
         loader(corpus, seed=6).go_on_from(one.get_state())
+
+
+@pytest.mark.parametrize(("batch", "streams"), [(64, 64), (128, 64), (256, 64), (64, 4)])
+def test_streams_pack_in_turn(batch, streams):
+    """No step but the first has to wait for more than its share of the packings, and every row is in one of them."""
+    phases, share = [data.PhaseSpec(100, batch, 64, MIXTURE), data.PhaseSpec(7, batch, 64, MIXTURE)], batch // streams
+    begun, widest = collections.Counter(), 0
+    for stream in range(streams):
+        parts = loading.runs_of(phases, streams, stream)
+        for number, phase in enumerate(phases):
+            assert sum(part.rows for part in parts if part.phase == number) == phase.steps * share
+        row = 0
+        for part in (part for part in parts if part.phase == 0):
+            assert part.rows % part.bins == 0
+            widest = max(widest, part.bins)
+            for first in range(row, row + part.rows, part.bins):
+                begun[first // share] += part.bins
+            row += part.rows
+    even = batch  # rows that a step takes
+    assert widest == max(16, share)
+    assert max(rows for step, rows in begun.items() if step) <= even
+    assert begun[0] <= even * (1 + 16 // share) / 2 if share <= 16 else begun[0] == even
