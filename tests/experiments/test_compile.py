@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+import types
+from typing import Any
 
+import jax
 import pytest
 
 from configs import kwaicoder_23b_a4b
 from experiments import compile as compile_command
-from experiments import compile_kernels, recipe_models
-from experiments.contract import Section
+from experiments import compile_kernels, compile_steps, recipe_models
+from experiments.contract import Context, Section
+from experiments.display import Display
+from experiments.stopping import Stop
 from kwaicoder_jax import models
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.hardware import collectives, hlo, work
@@ -205,6 +210,18 @@ def test_one_phase_alone():
     assert len(config["cpt"]["phases"]) == 3
     with pytest.raises(UserError, match=r"phase: there is no last; the phases of cpt are phase1, phase2, phase3"):
         compile_command.of_phase(config, "cpt", "last")
+
+
+@pytest.mark.parametrize(("argument", "phase", "tokens"), [("", None, 256 * 4096), ("32k", "phase3", 32 * 32_768)])
+def test_the_batch_of_a_step_without_a_work_folder(argument, phase, tokens):
+    config = compile_command.of_phase(section(argument), "cpt", phase)
+    machine: Any = types.SimpleNamespace(devices=jax.devices()[:1] * 64)
+    context = Context(compile_command.STAGE, config, None, Display(), Stop())
+    made = compile_steps.make(context, "cpt", machine)
+    rows, time = made.arguments[1]["inputs"].shape
+    assert rows * time == tokens
+    share = config["mesh"]["context"]
+    assert made.arguments[1]["inputs"].sharding.shard_shape((rows, time)) == (rows * share // 64, time // share)
 
 
 def test_a_machine_that_there_is_not(tmp_path):
