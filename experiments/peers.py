@@ -17,6 +17,7 @@ from experiments.stopping import Stop, Stopped
 from kwaicoder_jax.errors import UserError
 
 LOST = 3  # exit status: a peer was lost, or no step ended in time
+HEAR_MILLISECONDS = 1000
 GRACE_SECONDS = 5.0  # for the main thread to leave by itself, before the process is ended
 
 
@@ -71,7 +72,8 @@ class Joined(Alone):
         """Waits for what the leader tells under a name; whoever misses it is ended by the watch over the peers."""
         while True:
             try:
-                return json.loads(self._client.blocking_key_value_get(f"told/{name}", 60_000))
+                # Not for long at a time: a signal is handled in between.
+                return json.loads(self._client.blocking_key_value_get(f"told/{name}", HEAR_MILLISECONDS))
             except Exception as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -40,7 +41,8 @@ class CheckpointStore:
     """Saves and restores the checkpoints in one folder; keeps the newest `keep`, and those that they need.
 
     A checkpoint needs the steps that its description lists under "needs". Where several processes train together, all
-    of them call `save` and `restore` with their parts of the arrays; process 0 writes the description.
+    of them call `save` and `restore` with their parts of the arrays; process 0 writes the description. What lies on one
+    process's devices alone, as that of a transform does, that process saves and restores by itself.
 
     Args:
       folder: of all steps; made by the first save.
@@ -80,10 +82,11 @@ class CheckpointStore:
             for broken in set(manager.all_steps()) - complete:  # Orbax would take it for the newest and save no other
                 manager.delete(broken)
             self._unreadable.clear()
-            copy, copied_train = (
-                (writing.apart(params), writing.apart(train)) if self._asynchronous else (params, train)
-            )
-            arguments = ocp.args.StandardSave(copy, jax.tree.map_with_path(_chunked, params))
+            own, alone = writing.apart if self._asynchronous else lambda tree: tree, writing.is_alone((params, train))
+            # Of several processes one by itself may hand arrays over only as numpy's.
+            own = (lambda tree: jax.tree.map(np.asarray, tree)) if alone else own
+            copy, copied_train = own(params), own(train)
+            arguments = ocp.args.StandardSave(copy, jax.tree.map_with_path(_chunked, copy if alone else params))
             items: dict[str, Any] = {"params": arguments, "meta": ocp.args.JsonSave(meta)}
             if train is not None:
                 items["train"] = ocp.args.StandardSave(copied_train)
@@ -115,7 +118,11 @@ class CheckpointStore:
                 preservation_policy=self._kept,
                 enable_async_checkpointing=self._asynchronous,
                 cleanup_tmp_directories=True,  # what a kill or a full disk left of a step
+                create=not (alone := writing.is_alone(trees)),  # which Orbax does for all processes only
+                multiprocessing_options=writing.processes(alone),
             )
+            if alone:
+                self.folder.mkdir(parents=True, exist_ok=True)
             handlers = writing.registry(trees)
             self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, handler_registry=handlers)
         return self._manager
@@ -138,7 +145,9 @@ class CheckpointStore:
 
     def restore(self, step: int, item: str, abstract: Tree) -> Tree:
         """Reads "params" or "train" of one step into the shapes, dtypes and shardings of `abstract`."""
-        with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as reader:
+        who = writing.processes(writing.is_alone(abstract))
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=who)
+        with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=who)) as reader:
             place = self.folder.absolute() / str(step) / item
             return reader.restore(place, args=ocp.args.StandardRestore(abstract))
 

@@ -1,5 +1,6 @@
 """Several processes that run one command together, as a launcher starts them."""
 
+import json
 import os
 import pathlib
 import socket
@@ -79,6 +80,19 @@ class Crowd:
             time.sleep(0.02)
         self.kill()
         raise AssertionError(f"no step {step}: {self.output()}")
+
+
+def last_step(stage: pathlib.Path) -> int:
+    """Of the metrics, or 0."""
+    file = stage / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def saved_step(stage: pathlib.Path) -> int:
+    """Of the newest checkpoint that has its name, or 0."""
+    folder = stage / "checkpoints"
+    return max((int(each.name) for each in folder.glob("*") if each.name.isdigit()), default=0)
 
 
 def arrays(stage: pathlib.Path) -> dict[str, np.ndarray]:

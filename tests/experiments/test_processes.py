@@ -47,9 +47,9 @@ def kill_often(
 ):
     """Kills one or all of the processes at random moments; how often that hit all of them at work.
 
-    A run that ends in between is compared with `whole`, and begun anew.
+    A run that ends in between is compared with `whole`, and begun anew. What was done is printed: `pytest -rP` shows it.
     """
-    hits = 0
+    hits, again = 0, []
     options = {"module": STAGE, **options}
     for number in range(times):
         started = Crowd(options["module"], workdir, count, *QUICK, *arguments, **options.get("more", {}))
@@ -58,13 +58,16 @@ def kill_often(
         finished = workdir / stage / "summary.json"
         at_work = all(process.poll() is None for process in started.processes) and not finished.exists()
         started.kill(*victims)
+        reached = crowd.last_step(workdir / stage)
         statuses = started.statuses(120)  # the others do not hang
         if not finished.exists():
             hits += at_work
+            again.append(max(0, reached - crowd.saved_step(workdir / stage)))
             assert all(status != 0 for status in statuses), (statuses, started.output())
         elif whole is not None:
             assert_same_bits(workdir / stage, whole)
             shutil.rmtree(workdir / stage)
+    print(f"{times} kills of {count} processes, {hits} of them at work; steps to do again: {again}")
     return hits
 
 
