@@ -17,12 +17,12 @@ from tests.experiments import commands, crowd
 from tests.experiments.crowd import Crowd, assert_same_bits
 
 STAGE = "tests.experiments.toy_stage"
-QUICK = ("--peer_seconds=4", "--join_seconds=15")
+QUICK = ("--peer_seconds=12", "--join_seconds=60")  # the machine may be busy
 
 
 def run(workdir, count, *arguments, devices=1, module=STAGE, **more):
     started = Crowd(module, workdir, count, *QUICK, *arguments, devices=devices, **more)
-    assert started.statuses(300) == [0] * count, started.output()
+    assert started.statuses(500) == [0] * count, started.output()
     return started
 
 
@@ -59,7 +59,7 @@ def kill_often(
         at_work = all(process.poll() is None for process in started.processes) and not finished.exists()
         started.kill(*victims)
         reached = crowd.last_step(workdir / stage)
-        statuses = started.statuses(120)  # the others do not hang
+        statuses = started.statuses(200)  # the others do not hang
         if not finished.exists():
             hits += at_work
             again.append(max(0, reached - crowd.saved_step(workdir / stage)))
@@ -84,7 +84,7 @@ def test_killed_many_times_four_processes_end_in_the_same_bits(tmp_path, seed):
     run(tmp_path / "whole", 4)
     more = {"TOY_SLOW": "0.2"}
     whole = tmp_path / "whole" / "toy"
-    hits = kill_often(tmp_path / "work", 4, 14, random.Random(seed), whole, shortest=3.0, longest=20.0, more=more)
+    hits = kill_often(tmp_path / "work", 4, 14, random.Random(seed), whole, shortest=3.0, longest=30.0, more=more)
     assert hits >= 10
     run(tmp_path / "work", 4)
     assert_same_bits(tmp_path / "work" / "toy", tmp_path / "whole" / "toy")

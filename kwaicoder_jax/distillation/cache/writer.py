@@ -83,9 +83,11 @@ class CacheWriter:
 
     def go_back(self, shards: int) -> None:
         """Drops all but the first so many shards; where several processes stood at different places, say."""
+        if shards >= self.shards:
+            return
         ends = (".json", ".array_record", ".index.npy")  # a shard counts as long as it has the first
-        kept = [files.read_json(self._shard_place(number, ".json")) for number in range(min(shards, self.shards))]
-        for number in reversed(range(len(kept), self.shards)):
+        kept = [files.read_json(self._shard_place(number, ".json")) for number in range(shards)]
+        for number in reversed(range(shards, self.shards)):
             for end in ends:
                 self._shard_place(number, end).unlink(missing_ok=True)
         self._shard, self.position, self._known = 0, None, set()
