@@ -70,9 +70,16 @@ class Crowd:
             for each in range(len(self.processes)) if number in (None, each)
         )  # fmt: skip
 
+    def wait_for_file(self, file: pathlib.Path) -> None:
+        """Until it is there."""
+        deadline = time.monotonic() + 200
+        while not file.exists():
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.02)
+
     def wait_for(self, folder: pathlib.Path, step: int) -> None:
         """Until a step is in the metrics."""
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         file = folder / "metrics.jsonl"
         while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
             if file.exists() and f'"step": {step},' in file.read_text():

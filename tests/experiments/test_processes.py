@@ -108,6 +108,66 @@ def test_a_stop_of_one_process_stops_all_at_one_step_and_they_go_on_from_there(w
     assert_same_bits(tmp_path / "toy", whole)
 
 
+def wait_for_signs(started, folder, phase, count):
+    """Until all processes linger in a phase."""
+    deadline = time.monotonic() + 200
+    while not all((folder / f"{phase}.{number}").exists() for number in range(count)):
+        assert time.monotonic() < deadline, started.output()
+        assert all(process.poll() is None for process in started.processes), started.output()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_stop_is_heard_in_every_phase_by_one_or_all_and_nothing_is_lost(whole, tmp_path):
+    """All stop together, with what they had done saved, or with nothing to save; one run goes on from stop to stop."""
+    done = 0
+    for phase, victims, status in (
+        ("compile", [0, 1], 0), ("evaluate", [1], 0), ("step", [0, 1], 75), ("save", [0], 75), ("evaluate", [0, 1], 75),
+        ("step", [1], 0), ("save", [0, 1], 0),
+    ):  # fmt: skip
+        signs = tmp_path / f"{phase}.{len(victims)}"
+        signs.mkdir()
+        more = {"TOY_FAULT": "compile:1"} if phase == "compile" else {"TOY_LINGER": f"{phase}:2"}
+        started = Crowd(STAGE, tmp_path, 2, *QUICK, f"--preempt_exit_code={status}", TOY_SIGNS=str(signs), **more)
+        if phase == "compile":
+            started.wait_for_file(tmp_path / "toy" / "metrics.jsonl")
+            time.sleep(3.0)
+        else:
+            wait_for_signs(started, signs, phase, 2)
+        began = time.monotonic()
+        for number in victims:
+            started.processes[number].send_signal(signal.SIGTERM)
+        assert started.statuses(200) == [status, status], (phase, victims, started.output())
+        saved = crowd.saved_step(tmp_path / "toy")
+        print(f"SIGTERM to {victims} in {phase}: {time.monotonic() - began:.1f} s; step {saved} is saved, {done} was")
+        assert saved == crowd.last_step(tmp_path / "toy")  # no step that was done is done again
+        done = saved
+    assert 0 < done < 40
+    run(tmp_path, 2)
+    assert_same_bits(tmp_path / "toy", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_process_that_is_frozen_is_named_and_the_other_ends(whole, tmp_path, number):
+    """SIGSTOP, as of a host that hangs: its threads say nothing any more, and its sockets stay open."""
+    started = Crowd(STAGE, tmp_path, 2, *QUICK, TOY_SLOW="0.1")
+    started.wait_for(tmp_path / "toy", 12)
+    started.processes[number].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    other = started.processes[1 - number]
+    try:
+        assert other.wait(100) == 3, started.output()
+        print(f"process {number} frozen: the other one ended after {time.monotonic() - began:.1f} s")
+    finally:
+        started.processes[number].send_signal(signal.SIGCONT)
+    assert started.statuses(100)[number] != 0
+    named = f"process {number} of 2" if number else "process 0 does not answer"
+    assert named in started.output(1 - number)
+    run(tmp_path, 2)
+    assert_same_bits(tmp_path / "toy", whole)
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_for_four_and_one_for_two(whole, tmp_path):
     """On another layout to rounding: float32 sums in another order. The order of the data stays."""
@@ -168,9 +228,7 @@ def test_a_process_that_hangs_is_named_and_all_end(tmp_path):
 @pytest.mark.slow
 def test_a_stop_during_compilation_ends_at_once(tmp_path):
     started = Crowd(STAGE, tmp_path, 2, *QUICK, "--preempt_exit_code=75", TOY_FAULT="compile:1")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "toy" / "metrics.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    started.wait_for_file(tmp_path / "toy" / "metrics.jsonl")
     time.sleep(1.0)
     began = time.monotonic()
     started.processes[1].send_signal(signal.SIGTERM)
