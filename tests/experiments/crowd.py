@@ -106,9 +106,11 @@ def arrays(stage: pathlib.Path) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint, whoever wrote it."""
     from kwaicoder_jax import checkpoints
 
+    newest = checkpoints.find(stage) / str(checkpoints.newest_step(stage))
     return {
         f"{item}/{name}": tensor.read()
         for item in ("params", "train")
+        if (newest / item).exists()
         for name, tensor in checkpoints.open_tensors(stage, item).items()
     }
 

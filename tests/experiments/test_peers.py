@@ -11,35 +11,11 @@ from experiments import peers
 from experiments.peers import LOST, Joined, PeerLeft
 from experiments.stopping import Stop, Stopped
 from kwaicoder_jax.errors import UserError
-from tests.experiments.made_peers import Made
+from tests.experiments.made_peers import Made, Service
 
 SETTINGS = {"distributed": False, "coordinator": "host:1", "num_processes": 3, "process_id": 0, "join_seconds": 1}
 SETTINGS |= {"peer_seconds": 5}
 ALONE = {**SETTINGS, "coordinator": None, "num_processes": None, "process_id": None}
-
-
-class Service:
-    """What of JAX's client is used; a get waits as long as it is told, then raises."""
-
-    def __init__(self):
-        self.values, self.broken, self.waits = {}, None, []
-
-    def key_value_set(self, key, value, allow_overwrite=False):
-        if key in self.values and not allow_overwrite:
-            raise RuntimeError("ALREADY_EXISTS")
-        self.values[key] = value
-
-    def blocking_key_value_get(self, key, milliseconds):
-        if self.broken:
-            raise self.broken
-        self.waits.append(milliseconds)
-        if key not in self.values:
-            time.sleep(0.01)
-            raise RuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
-        return self.values[key]
-
-    def key_value_dir_get(self, prefix):
-        return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
 
 
 @pytest.fixture

@@ -148,6 +148,37 @@ def test_a_stop_is_heard_in_every_phase_by_one_or_all_and_nothing_is_lost(whole,
 
 
 @pytest.mark.slow
+def test_the_others_wait_while_process_0_works_alone_and_all_hear_of_a_stop_and_of_a_loss(tmp_path):
+    """Where process 0 is killed, JAX's own abort of the others may come before ours."""
+
+    def start(name, seconds):
+        (tmp_path / name).mkdir()
+        more = {"TOY_LINGER": f"alone:{seconds}", "TOY_SIGNS": str(tmp_path / name)}
+        started = Crowd(STAGE, tmp_path / "work", 3, *QUICK, "--preempt_exit_code=75", **more)
+        wait_for_signs(started, tmp_path / name, "alone", 1)
+        time.sleep(3.0)  # the others come to where they wait
+        return started
+
+    for name, victims, how, statuses in (
+        ("lost", [0], signal.SIGKILL, [-9, 3, 3]), ("peer", [2], signal.SIGKILL, [3, 3, -9]),
+        ("asked", [0], signal.SIGTERM, [75] * 3), ("peer_asked", [1], signal.SIGTERM, [75] * 3),
+        ("all_asked", [0, 1, 2], signal.SIGTERM, [75] * 3),
+    ):  # fmt: skip
+        started = start(name, 300)
+        began = time.monotonic()
+        for number in victims:
+            started.processes[number].send_signal(how)
+        found = started.statuses(100)
+        assert [3 if status == -signal.SIGABRT else status for status in found] == statuses, (name, found, started.output())
+        print(f"{name}: all ended after {time.monotonic() - began:.1f} s")
+    started = start("end", 5)  # longer than a question to the service takes
+    assert started.statuses(200) == [0, 0, 0], started.output()
+    assert not (tmp_path / "end" / "alone.1").exists()
+    assert json.loads((tmp_path / "work" / "toy" / "summary.json").read_text())["process"] == 0
+    assert crowd.arrays(tmp_path / "work" / "toy")["train/b"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_process_that_is_frozen_is_named_and_the_other_ends(whole, tmp_path, number):
     """SIGSTOP, as of a host that hangs: its threads say nothing any more, and its sockets stay open."""

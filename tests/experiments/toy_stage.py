@@ -3,7 +3,7 @@
 TOY_FAULT=hang:1:7     process 1 gets no batch after its 7th
 TOY_FAULT=compile:0    process 0 compiles for ever
 TOY_SLOW=0.1           seconds that each batch takes
-TOY_LINGER=save:3      seconds that each save takes (or evaluate, or step)
+TOY_LINGER=save:3      seconds that each save takes (or evaluate, or step; alone: the stage is one of process 0 alone)
 TOY_SIGNS=FOLDER       files FOLDER/PHASE.PROCESS say that a process has come to where it lingers
 """
 
@@ -145,7 +145,21 @@ def run(context: Context) -> dict[str, Any]:
     return {"steps": section["steps"]}
 
 
-STAGE = Stage("toy", run, together=True)
+def run_alone(context: Context) -> dict[str, Any]:
+    """A stage of one process, with a checkpoint of its own: what its devices hold is no other process's affair."""
+    linger("alone")
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = {"a": jax.device_put(np.arange(6.0, dtype=np.float32), place)}
+    store = checkpoints.CheckpointStore(context.folder / "checkpoints")
+    store.save(0, params, {"model": {}, "lineage": [], "identity": context.identity}, {"b": params["a"] + 1})
+    store.close()
+    shape = jax.ShapeDtypeStruct((6,), jnp.float32, sharding=place)
+    assert (checkpoints.read_params(context.folder, {"a": shape})["a"] == params["a"]).all()
+    return {"process": jax.process_index()}
+
+
+ALONE = os.environ.get("TOY_LINGER", "").startswith("alone:")
+STAGE = Stage("toy", run_alone, together=False) if ALONE else Stage("toy", run, together=True)
 
 if __name__ == "__main__":
     from experiments.command import main

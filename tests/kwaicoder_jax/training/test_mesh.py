@@ -54,6 +54,17 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_user_errors(config):
         training.make_mesh(config, jax.devices() * 8)
 
 
+@pytest.mark.parametrize(
+    ("config", "devices", "sizes"),
+    [(MeshConfig(), 4, [4, 1, 1, 1, 1]), (MeshConfig(fsdp=8), 4, [1, 4, 1, 1, 1]), (MeshConfig(4, 2, tensor=2), 4, [1, 2, 1, 2, 1]),
+     (MeshConfig(8, 2), 4, [2, 2, 1, 1, 1]), (MeshConfig(fsdp=6, expert=2), 4, [1, 2, 2, 1, 1]), (MeshConfig(fsdp=3), 1, [1] * 5),
+     (MeshConfig(data=2, fsdp=-1, tensor=2), 4, [2, 1, 1, 2, 1])],
+)  # fmt: skip
+def test_one_process_s_share_of_a_mesh_is_a_mesh_of_its_devices(config, devices, sizes):
+    mesh = training.make_mesh(training.share_of(config, devices), jax.devices() * devices)
+    assert list(mesh.shape.values()) == sizes
+
+
 def test_context_parallelism_is_refused():
     with pytest.raises(UserError, match=r"mesh.context: .*use 1"):
         training.make_mesh(MeshConfig(data=1, context=2), jax.devices() * 2)
