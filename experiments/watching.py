@@ -89,7 +89,6 @@ class Watch:
                     self._look_at_peers()
             except Exception as error:
                 self._no_service(error)
-            self._asking = None
 
     def _run_beside(self) -> None:
         """A leader that is frozen leaves its sockets open: who asks it waits, and another thread has to see that."""

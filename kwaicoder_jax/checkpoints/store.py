@@ -5,7 +5,8 @@
     FOLDER/checkpoints/STEP/meta     JSON: model config, tokenizer hash, data position, lineage, identity
 
 A step that was cut off by a crash is not listed: Orbax gives a step its name as its last act, and a step that lost a
-file afterwards (a copy that was cut off, a deletion that was) is passed over.
+file afterwards (a copy that was cut off, a deletion that was) is passed over. On an object store, which knows no names to
+give, Orbax writes commit_success.txt instead.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from kwaicoder_jax import files
 from kwaicoder_jax.checkpoints import layout, writing
 from kwaicoder_jax.errors import UserError
 
@@ -53,6 +55,9 @@ class CheckpointStore:
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, asynchronous: bool = False):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of failures in many lines
         self.folder = epath.Path(folder)
+        if (scheme := os.fspath(self.folder).partition("://"))[1] and scheme[0] != "gs":
+            what = f"checkpoints cannot lie on {scheme[0]}://, which Orbax does not write"
+            raise UserError(what, where=os.fspath(folder), remedy="use a disk or gs://")
         self._kept, self._asynchronous = _Kept(keep, self.folder), asynchronous
         self._manager: ocp.CheckpointManager | None = None  # made by the first save: a reader changes nothing
         self._unreadable: set[int] = set()
@@ -124,7 +129,9 @@ class CheckpointStore:
             if alone:
                 self.folder.mkdir(parents=True, exist_ok=True)
             handlers = writing.registry(trees)
-            self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, handler_registry=handlers)
+            self._manager = ocp.CheckpointManager(
+                files.absolute(self.folder), options=options, handler_registry=handlers
+            )
         return self._manager
 
     def all_steps(self) -> list[int]:
@@ -148,7 +155,7 @@ class CheckpointStore:
         who = writing.processes(writing.is_alone(abstract))
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=who)
         with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=who)) as reader:
-            place = self.folder.absolute() / str(step) / item
+            place = files.absolute(self.folder) / str(step) / item
             return reader.restore(place, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
@@ -259,6 +266,8 @@ def _is_complete(step: epath.Path) -> bool:
     try:
         items = json.loads((step / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
     except (FileNotFoundError, ValueError, KeyError):
+        return False
+    if "://" in os.fspath(step) and not (step / layout.COMMITTED).exists():
         return False
     return all(
         (item == "params" and layout.is_whole(step / item))

@@ -89,7 +89,7 @@ def made(monkeypatch, quick):
     monkeypatch.setattr(Stop, "install", lambda self: None)
     ended: list[bool] = []
     monkeypatch.setattr(jax.distributed, "shutdown", lambda: ended.append(True))
-    yield found, ended
+    return found, ended
 
 
 def fails(error):

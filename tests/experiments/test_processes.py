@@ -71,9 +71,22 @@ def kill_often(
     return hits
 
 
-def test_killed_at_random_moments_they_end_in_the_same_bits(whole, tmp_path):
-    rng = random.Random(int(time.time()) % 1000)
-    kill_often(tmp_path, 2, 5, rng, whole)
+def hung(workdir):
+    """Process 1 gets no batch after its 11th; it is named, and all end."""
+    started = Crowd(STAGE, workdir, 2, *QUICK, "--watchdog_seconds=15", TOY_FAULT="hang:1:11")
+    assert started.statuses(200) == [3, 3], started.output()
+    assert f"no step ended within 15 s: process 1 of 2 on {socket.gethostname()}" in started.output(0)
+    assert "in input after step 10" in started.output(0)
+    assert "process 0" not in started.output(0)
+    assert 'tests/experiments/toy_stage.py", line' in started.output(1)  # where it was
+    assert checkpoints.newest_step(workdir / "toy") == 10
+
+
+def test_hung_stopped_and_killed_they_end_in_the_same_bits(whole, tmp_path):
+    """One run after the other in one folder: each goes on from what the one before left."""
+    hung(tmp_path)
+    stopped(tmp_path, 2, 17)
+    kill_often(tmp_path, 2, 5, random.Random(int(time.time()) % 1000), whole, longest=5.0)
     run(tmp_path, 2)
     assert_same_bits(tmp_path / "toy", whole)
 
@@ -100,12 +113,6 @@ def stopped(workdir, count, step, **options):
     assert step <= meta["progress"]["step"] < 40
     assert commands.records(workdir / "toy")[-1]["step"] == meta["progress"]["step"]
     assert meta["loader"] == {"number": meta["progress"]["step"]}
-
-
-def test_a_stop_of_one_process_stops_all_at_one_step_and_they_go_on_from_there(whole, tmp_path):
-    stopped(tmp_path, 2, 7)
-    run(tmp_path, 2)
-    assert_same_bits(tmp_path / "toy", whole)
 
 
 def wait_for_signs(started, folder, phase, count):
@@ -140,6 +147,7 @@ def test_a_stop_is_heard_in_every_phase_by_one_or_all_and_nothing_is_lost(whole,
         assert started.statuses(200) == [status, status], (phase, victims, started.output())
         saved = crowd.saved_step(tmp_path / "toy")
         print(f"SIGTERM to {victims} in {phase}: {time.monotonic() - began:.1f} s; step {saved} is saved, {done} was")
+        assert phase != "compile" or time.monotonic() - began < 60  # the compiler never returns
         assert saved == crowd.last_step(tmp_path / "toy")  # no step that was done is done again
         done = saved
     assert 0 < done < 40
@@ -169,7 +177,11 @@ def test_the_others_wait_while_process_0_works_alone_and_all_hear_of_a_stop_and_
         for number in victims:
             started.processes[number].send_signal(how)
         found = started.statuses(100)
-        assert [3 if status == -signal.SIGABRT else status for status in found] == statuses, (name, found, started.output())
+        assert [3 if status == -signal.SIGABRT else status for status in found] == statuses, (
+            name,
+            found,
+            started.output(),
+        )
         print(f"{name}: all ended after {time.monotonic() - began:.1f} s")
     started = start("end", 5)  # longer than a question to the service takes
     assert started.statuses(200) == [0, 0, 0], started.output()
@@ -244,27 +256,6 @@ def test_the_mixture_by_four_processes_is_killed_and_goes_on_with_two(finished, 
     np.testing.assert_allclose(*losses, rtol=1e-4)
     loaders = [checkpoints.read_meta(tmp_path / place / "cpt")["loader"] for place in ("other", "whole")]
     assert loaders[0] == loaders[1]
-
-
-def test_a_process_that_hangs_is_named_and_all_end(tmp_path):
-    started = Crowd(STAGE, tmp_path, 2, *QUICK, "--watchdog_seconds=15", TOY_FAULT="hang:1:12")
-    assert started.statuses(90) == [3, 3], started.output()
-    assert f"no step ended within 15 s: process 1 of 2 on {socket.gethostname()}" in started.output(0)
-    assert "in input after step 11" in started.output(0)
-    assert "process 0" not in started.output(0)
-    assert 'tests/experiments/toy_stage.py", line' in started.output(1)  # where it was
-    assert checkpoints.newest_step(tmp_path / "toy") == 10
-
-
-@pytest.mark.slow
-def test_a_stop_during_compilation_ends_at_once(tmp_path):
-    started = Crowd(STAGE, tmp_path, 2, *QUICK, "--preempt_exit_code=75", TOY_FAULT="compile:1")
-    started.wait_for_file(tmp_path / "toy" / "metrics.jsonl")
-    time.sleep(1.0)
-    began = time.monotonic()
-    started.processes[1].send_signal(signal.SIGTERM)
-    assert started.statuses(40) == [75, 75], started.output()
-    assert time.monotonic() - began < 20
 
 
 FULL = """

@@ -66,10 +66,20 @@ def test_two_processes_run_the_whole_recipe_as_one_does(tmp_path):
     assert [cache["tokens"] for cache in caches] == [caches[1]["tokens"]] * 2
     assert caches[0]["tail_mass"] == pytest.approx(caches[1]["tail_mass"], rel=1e-5)
 
-    learn = ("--config.distill.cache=cache_teacher", "--config.distill.loss.hidden=False", "--config.distill.baseline=False")
+    learn = (
+        "--config.distill.cache=cache_teacher",
+        "--config.distill.loss.hidden=False",
+        "--config.distill.baseline=False",
+    )
     for place, (count, devices) in zip((two, one), WAYS.values()):
         shutil.rmtree(place / "distill")
-        run(place, count, devices, "--config.stages=prepare_data,pretrain,correct_teacher,prune,cache_teacher,distill", *learn)
+        run(
+            place,
+            count,
+            devices,
+            "--config.stages=prepare_data,pretrain,correct_teacher,prune,cache_teacher,distill",
+            *learn,
+        )
     assert_same_bits(two / "distill", one / "distill")
 
 
@@ -88,6 +98,7 @@ def test_a_cache_begun_by_two_processes_is_finished_by_two_or_begun_anew_by_one(
     run(tmp_path / "other", 1, 2, stages, "--config.cache_teacher.shard_steps=2")
     for path in (one / "cache_teacher" / "cache").iterdir():
         assert (tmp_path / "other" / "cache_teacher" / "cache" / path.name).read_bytes() == path.read_bytes(), path.name
-    assert distillation.CacheReader(tmp_path / "other" / "cache_teacher").identity == distillation.CacheReader(
-        one / "cache_teacher"
-    ).identity
+    assert (
+        distillation.CacheReader(tmp_path / "other" / "cache_teacher").identity
+        == distillation.CacheReader(one / "cache_teacher").identity
+    )

@@ -127,6 +127,7 @@ def run(context: Context) -> dict[str, Any]:
     values = {name: section[name] for name in NAMES if name in section}
     if "spike" in section:
         values["spike"] = training.SpikeConfig(**section["spike"])
+
     def held_out(params: Any, interrupted: Any) -> dict[str, float]:
         linger("evaluate", interrupted)
         return {"valid_loss": float(total(params["table"]))}

@@ -56,8 +56,9 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_user_errors(config):
 
 @pytest.mark.parametrize(
     ("config", "devices", "sizes"),
-    [(MeshConfig(), 4, [4, 1, 1, 1, 1]), (MeshConfig(fsdp=8), 4, [1, 4, 1, 1, 1]), (MeshConfig(4, 2, tensor=2), 4, [1, 2, 1, 2, 1]),
-     (MeshConfig(8, 2), 4, [2, 2, 1, 1, 1]), (MeshConfig(fsdp=6, expert=2), 4, [1, 2, 2, 1, 1]), (MeshConfig(fsdp=3), 1, [1] * 5),
+    [(MeshConfig(), 4, [4, 1, 1, 1, 1]), (MeshConfig(fsdp=8), 4, [1, 4, 1, 1, 1]), (MeshConfig(fsdp=3), 1, [1] * 5),
+     (MeshConfig(8, 2), 4, [2, 2, 1, 1, 1]), (MeshConfig(fsdp=6, expert=2), 4, [1, 2, 2, 1, 1]),
+     (MeshConfig(4, 2, tensor=2), 4, [1, 2, 1, 2, 1]),
      (MeshConfig(data=2, fsdp=-1, tensor=2), 4, [2, 1, 1, 2, 1])],
 )  # fmt: skip
 def test_one_process_s_share_of_a_mesh_is_a_mesh_of_its_devices(config, devices, sizes):
