@@ -49,7 +49,10 @@ def test_notes_are_by_process_and_written_over():
     first.note("alive", 2)
     second.note("alive", ["x"])
     second.note("left", 3)
+    first.note("hung", 4)
+    second.note("heard", 5)
     assert first.notes("alive") == {0: 2, 11: ["x"]}
+    assert first.notes("hung") == {0: 4}
     assert (first.leads, second.leads) == (True, False)
     assert "process 11 of 12 on " in second.describe()
 
