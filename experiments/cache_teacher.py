@@ -50,16 +50,35 @@ def run(context: Context) -> dict[str, Any]:
     position = distill.data_position(distilling, checkpoints.read_meta(context.inputs["init_from"]))
     if position is not None:
         batches.go_on_from(position)
-    writer = distillation.CacheWriter(context.folder / "cache", header, process=jax.process_index())
+    writer = _writer(context.folder / "cache", header)
     if writer.position is not None:
         batches.set_state(writer.position)
     rows = _rows(context, config, params, header, mesh)
     _write(context, writer, batches, rows, options.shard_steps)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("cache_teacher")  # every shard stands before the manifest lists them
+    training.processes.gather(None)  # every shard stands before the manifest lists them
+    if not training.processes.is_writer():
+        return {}
     return _summary(distillation.finish(context.folder / "cache"), header)
+
+
+def _writer(folder: Any, header: distillation.Header) -> distillation.CacheWriter:
+    """This process's writer; all of them go on at one place, behind the shards that each of them has.
+
+    A cache that another number of processes began is begun anew: their shards are of other rows.
+    """
+    leads = training.processes.is_writer()
+    if not leads:
+        training.processes.gather(None)  # until the first one has begun the folder
+    writer = distillation.CacheWriter(folder, header, process=jax.process_index())
+    if leads:
+        training.processes.gather(None)
+    count = jax.process_count()
+    reached = training.processes.gather(0 if writer.foreign(count) else writer.shards)
+    writer.go_back(min(reached))
+    training.processes.gather(None)
+    for path in writer.foreign(count) if leads else ():  # last: while there are any, everybody starts over
+        path.unlink()
+    return writer
 
 
 def as_distill(context: Context) -> Context:
@@ -147,8 +166,9 @@ def contents(context: Context) -> dict[str, str]:
 
 
 STAGE = Stage(
-    "cache_teacher", run, ("loader",), inputs, fields=fields.of_class(sections.CacheTeacher), contents=contents
-)
+    "cache_teacher", run, ("loader",), inputs, fields=fields.of_class(sections.CacheTeacher), contents=contents,
+    together=True,
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(STAGE)

@@ -172,7 +172,7 @@ def _fail(text: str, stop: Stop, status: int = 2) -> None:
 
 def context_of(stage: Stage, config: ConfigDict, stop: Stop, display: Display, watch: Watch | None = None) -> Context:
     """A stage's context from the parsed flags."""
-    workdir = files.path(_flag("workdir")).absolute()
+    workdir = files.absolute(_flag("workdir"))
     values = Section(_lists(config.to_dict()))
     return Context(stage, values, workdir, display, stop, watch or Watch(), _profile_steps())
 
@@ -228,7 +228,7 @@ def tool_config(
 
 def tool_workdir() -> Any:
     """The work folder, or None."""
-    return files.path(_flag("workdir")).absolute() if _flag("workdir") else None
+    return files.absolute(_flag("workdir")) if _flag("workdir") else None
 
 
 def parse(argv: list[str], required: tuple[str, ...] = ("config", "workdir")) -> None:

@@ -65,7 +65,7 @@ class Stage:
       fields: of its section; checked before anything is done.
       places: fields of its section that say where something is: what is there counts (see `contents`), not the place.
       contents: by config field, an identity of what is there.
-      together: whether several processes can run it as one.
+      together: several processes run it as one; any other stage is the leader's, and the others wait for it.
     """
 
     name: str
@@ -145,6 +145,8 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
     stage, folder = context.stage, context.folder
     if stage.name not in context.config:
         raise UserError(f"the config has no section {stage.name}", where="--config", remedy="add the section")
+    if not (context.watch.peers.leads or stage.together):
+        return _wait(context)
     _check(context)
     context.display.stage(stage.name)
     record = _record(context)
@@ -158,10 +160,9 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
             summary = files.read_json(summary_file)
             _remove_aside(folder)
             _tell(context, "begin", finished=True)
+            _tell(context, "end", finished=True)
             context.display.line(f"finished already, in {summary['seconds']:.0f} s; nothing to do")
             return summary
-    if context.watch.peers.count > 1 and not stage.together:
-        raise UserError("runs as one process", where=stage.name, remedy="run it alone, before several train together")
     with _put_aside(folder, restart), _only_process(folder):
         _bring_along(context)
         files.write_json(folder / "stage.json", record)
@@ -186,6 +187,12 @@ def run(context: Context, *, restart: bool = False) -> dict[str, Any]:
 def _tell(context: Context, when: str, *, finished: bool) -> None:
     """Tells the other processes how far the stage is."""
     context.watch.peers.tell(f"{context.stage.name}/{when}", {"identity": context.identity, "finished": finished})
+
+
+def _wait(context: Context) -> dict[str, Any]:
+    """A stage of one process, as the others see it: they wait, however long it takes."""
+    context.watch.peers.hear(f"{context.stage.name}/end")
+    return files.read_json(context.folder / "summary.json")
 
 
 def _follow(context: Context) -> dict[str, Any]:

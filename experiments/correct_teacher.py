@@ -41,7 +41,10 @@ def inputs(context: Context) -> dict[str, str]:
     return {"corpus": "prepare_data", "init_from": named}
 
 
-STAGE = Stage("correct_teacher", run, ("loader", "validation"), inputs, fields=fields.of_class(sections.CorrectTeacher))
+STAGE = Stage(
+    "correct_teacher", run, ("loader", "validation"), inputs, fields=fields.of_class(sections.CorrectTeacher),
+    together=True,
+)  # fmt: skip
 
 if __name__ == "__main__":
     main(STAGE)

@@ -112,7 +112,7 @@ def contents(context: Context) -> dict[str, str]:
 
 STAGE = Stage(
     "distill", run, ("loader", "validation"), inputs, fields=fields.of_class(sections.Distill), places=("cache",),
-    contents=contents,
+    contents=contents, together=True,
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def find_tokenizer(
     Raises:
       UserError: it is nowhere, or the one that is named is another.
     """
-    stage = checkpoint.absolute()
+    stage = files.absolute(checkpoint)
     stage = stage.parent if stage.name == "checkpoints" else stage
     beside = sorted(folder for folder in stage.parent.iterdir() if folder.is_dir() and folder != stage)
     folders = [stage, *beside, *(folder / "corpus" for folder in (stage, *beside))]

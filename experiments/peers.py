@@ -17,6 +17,7 @@ from experiments.stopping import Stop, Stopped
 from kwaicoder_jax.errors import UserError
 
 LOST = 3  # exit status: a peer was lost, or no step ended in time
+HEAR_MILLISECONDS = 1000
 GRACE_SECONDS = 5.0  # for the main thread to leave by itself, before the process is ended
 
 
@@ -71,7 +72,8 @@ class Joined(Alone):
         """Waits for what the leader tells under a name; whoever misses it is ended by the watch over the peers."""
         while True:
             try:
-                return json.loads(self._client.blocking_key_value_get(f"told/{name}", 60_000))
+                # Not for long at a time: a signal is handled in between.
+                return json.loads(self._client.blocking_key_value_get(f"told/{name}", HEAR_MILLISECONDS))
             except Exception as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
                     raise
@@ -148,14 +150,15 @@ def _join(settings: dict[str, Any]) -> Joined:
     return Joined(distributed.global_state.client, jax.process_index(), jax.process_count())
 
 
-def _reason(error: BaseException, peers: Alone) -> tuple[int | None, str]:
-    """With what the others should leave: None for the status of a stop."""
+def _reason(error: BaseException, peers: Alone) -> tuple[int | None, str, int]:
+    """With what the others should leave (None for the status of a stop), why, and how many of them are lost."""
     if isinstance(error, UserError):
-        return 2, f"ends: {' '.join(str(error).split())}"
+        return 2, f"ends: {' '.join(str(error).split())}", 0
     if isinstance(error, OSError):
-        return 2, f"ends: {error.filename or ''} {error.strerror}"
-    lost = "".join(f"; {name} gives no sign of life" for name in _silent(peers))
-    return LOST, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}{lost}"
+        return 2, f"ends: {error.filename or ''} {error.strerror}", 0
+    silent = _silent(peers)
+    lost = "".join(f"; {name} gives no sign of life" for name in silent.values())
+    return LOST, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}{lost}", len(silent)
 
 
 def _left(peers: Alone) -> dict[str, Any] | None:
@@ -165,25 +168,30 @@ def _left(peers: Alone) -> dict[str, Any] | None:
     return None
 
 
-def _silent(peers: Alone) -> list[str]:
-    """The peers whose watch says nothing any more."""
+def _silent(peers: Alone) -> dict[int, str]:
+    """The peers whose watch says nothing any more, by number."""
     with contextlib.suppress(Exception):
         before = peers.notes("alive")
         time.sleep(3.0)
         after = peers.notes("alive")
-        return [sign[1] for number, sign in before.items() if after.get(number) == sign and number != peers.index]
-    return ["process 0"]
+        return {
+            number: sign[1] for number, sign in before.items() if after.get(number) == sign and number != peers.index
+        }
+    return {0: "process 0"}
 
 
-def leave(peers: Alone, status: int | None, why: str) -> None:
-    """Tells the others that this process ends now, and why; gives them time to hear it. Only the first one counts."""
+def leave(peers: Alone, status: int | None, why: str, lost: int = 0) -> None:
+    """Tells the others that this process ends now, and why; gives them time to hear it. Only the first one counts.
+
+    `lost` of them cannot hear it any more.
+    """
     with contextlib.suppress(Exception):
         if not peers.notes("left"):
             peers.note("left", {"status": status, "text": f"{peers.describe()} {why}"})
         peers.note("heard", True)
         if peers.leads:  # the notes end with this process
             deadline = time.monotonic() + GRACE_SECONDS + 3.0
-            while len(peers.notes("heard")) < peers.count and time.monotonic() < deadline:
+            while len(peers.notes("heard")) < peers.count - lost and time.monotonic() < deadline:
                 time.sleep(0.1)
 
 

@@ -4,6 +4,7 @@ python -m experiments.pipeline --config=configs/demo.py --workdir=runs/demo
 """
 
 import importlib
+from typing import Any
 
 from absl import flags
 
@@ -11,13 +12,25 @@ from experiments import command
 from experiments.contract import Stage
 from experiments.contract import run as run_stage
 from experiments.display import Display
+from experiments.peers import Alone
 from experiments.stopping import Stop
+from kwaicoder_jax import files
 from kwaicoder_jax.errors import UserError
 
 STAGES = (
     "import_hf", "prepare_data", "pretrain", "correct_teacher", "prune", "cache_teacher", "distill", "upcycle", "cpt",
     "export_hf", "evaluate", "report",
 )  # fmt: skip
+
+
+def agree(peers: Alone, config: dict[str, Any]) -> None:
+    """UserError for a process that was started with another recipe than the first one."""
+    digest = files.digest(repr(config))
+    if peers.leads:
+        peers.tell("recipe", digest)
+    elif peers.hear("recipe") != digest:
+        what = f"process {peers.index} has another config than process 0"
+        raise UserError(what, where="--config", remedy="start all processes with the same config")
 
 
 def main() -> None:
@@ -42,6 +55,7 @@ def main() -> None:
             remedy = "use one of the two: --restart starts every stage over"
             raise UserError("does not go with --restart", where="--restart_from", remedy=remedy)
         with command.together(stop, display) as watch:
+            agree(watch.peers, config.to_dict())
             for name in stages:
                 stage = importlib.import_module(f"experiments.{name}").STAGE
                 restart = restart or name == again

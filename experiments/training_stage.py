@@ -34,8 +34,13 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 def mesh_of(context: Context) -> Any:
-    """The device mesh of the recipe."""
-    return training.make_mesh(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"))
+    """The device mesh of the recipe; of several processes one that works alone has its own devices' share of it."""
+    config = build(training.MeshConfig, context.config.get("mesh", {}), "mesh")
+    mesh = training.make_mesh(config)
+    if jax.process_count() == 1 or context.stage.together:
+        return mesh
+    devices = jax.local_devices()
+    return training.make_mesh(training.share_of(config, len(devices)), devices)
 
 
 def runtime_from(config: Mapping[str, Any]) -> models.Runtime:

@@ -35,6 +35,7 @@ class Watch:
         self._ended = threading.Event()
         self._signs: dict[int, tuple[Any, float]] = {}
         self._silent_since: float | None = None
+        self._asking: float | None = None  # since when this process waits for an answer of process 0
 
     def at(self, phase: str) -> None:
         """The main thread goes over to something else."""
@@ -65,6 +66,8 @@ class Watch:
             yield
             return
         threading.Thread(target=self._run, name="watch", daemon=True).start()
+        if not peers.leads:
+            threading.Thread(target=self._run_beside, name="watch over the leader", daemon=True).start()
         try:
             yield
         finally:
@@ -73,6 +76,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ended.wait(INTERVAL):
+            self._asking = time.monotonic()
             try:
                 if self._armed and self.seconds > 0:
                     # Where even this thread gets no turn, C code ends the process.
@@ -86,14 +90,23 @@ class Watch:
             except Exception as error:
                 self._no_service(error)
 
+    def _run_beside(self) -> None:
+        """A leader that is frozen leaves its sockets open: who asks it waits, and another thread has to see that."""
+        while not self._ended.wait(INTERVAL):
+            since = self._asking
+            if since is not None and time.monotonic() - since > self.peer_seconds:
+                self._say(f"process 0 does not answer since {self.peer_seconds:g} s; it is frozen?")
+                end(LOST)
+
     def _where(self) -> str:
         return f"{self.peers.describe()}, in {self._phase} after step {self._step}"
 
     def _hung(self) -> None:
-        self.peers.note("hung", {"text": self._where(), "phase": self._phase, "step": self._step})
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        self.peers.note("hung", {"text": self._where(), "phase": self._phase, "step": self._step})
         if self.peers.count > 1:
             time.sleep(COLLECT_SECONDS)
+            self._asking = time.monotonic()
         found = self.peers.notes("hung") or {self.peers.index: {"text": self._where(), "phase": self._phase}}
         silent = [f"process {number} does not answer" for number in range(self.peers.count) if number not in found]
         # Who waits inside a step waits for the others.
@@ -136,6 +149,7 @@ class Watch:
 
     def _end_after(self, status: int, text: str) -> None:
         """Lets the main thread leave by itself, and ends the process if it does not."""
+        self._asking = None
         if not self._ended.wait(GRACE_SECONDS if status == self.stop_status else 1.0):
             self._say(text)
             with contextlib.suppress(Exception):

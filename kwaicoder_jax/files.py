@@ -16,6 +16,12 @@ def path(place: str | os.PathLike[str]) -> epath.Path:
     return epath.Path(place)
 
 
+def absolute(place: str | os.PathLike[str]) -> epath.Path:
+    """`place` from the root; a place on an object store is that already, and etils would put the current folder before."""
+    found = epath.Path(place)
+    return found if "://" in os.fspath(found) else found.absolute()
+
+
 def write_text(target: str | os.PathLike[str], text: str) -> None:
     """Writes `text` so that a reader sees the old file or the new one, never a part: a temporary file, then a rename."""
     write_bytes(target, text.encode())

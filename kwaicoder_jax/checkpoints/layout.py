@@ -25,6 +25,7 @@ CHUNK_BYTES = (
 )  # of the largest chunk, where one row is not larger: an expert shard reads little beside its own
 CONTENTS = "streamed.json"
 TEMPORARY = ".tmp"  # ends the name of a file that is being written
+COMMITTED = "commit_success.txt"  # Orbax's last file of a step on an object store
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,7 @@ class PartialStep:
         Raises:
           UserError: other work was begun here.
         """
-        self._target = epath.Path(folder).absolute() / str(step)
+        self._target = files.absolute(folder) / str(step)
         self._folder = self._target.parent / f".{step}.partial"
         self._specs = dict(specs)
         self._begin({"identity": identity, "contents": layout.contents(specs)})
@@ -153,6 +153,8 @@ class PartialStep:
         self._folder.rename(self._target)
         _sync(self._target.parent)
         (self._target / _BEGUN).unlink()
+        if "://" in os.fspath(self._target):  # there a folder gets its name file by file
+            _write_text(self._target / layout.COMMITTED, "")
 
 
 def _write_text(file: epath.Path, text: str) -> None:

@@ -5,7 +5,8 @@
     FOLDER/checkpoints/STEP/meta     JSON: model config, tokenizer hash, data position, lineage, identity
 
 A step that was cut off by a crash is not listed: Orbax gives a step its name as its last act, and a step that lost a
-file afterwards (a copy that was cut off, a deletion that was) is passed over.
+file afterwards (a copy that was cut off, a deletion that was) is passed over. On an object store, which knows no names to
+give, Orbax writes commit_success.txt instead.
 """
 
 import contextlib
@@ -17,9 +18,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from kwaicoder_jax import files
 from kwaicoder_jax.checkpoints import layout, writing
 from kwaicoder_jax.errors import UserError
 
@@ -40,7 +43,8 @@ class CheckpointStore:
     """Saves and restores the checkpoints in one folder; keeps the newest `keep`, and those that they need.
 
     A checkpoint needs the steps that its description lists under "needs". Where several processes train together, all
-    of them call `save` and `restore` with their parts of the arrays; process 0 writes the description.
+    of them call `save` and `restore` with their parts of the arrays; process 0 writes the description. What lies on one
+    process's devices alone, as that of a transform does, that process saves and restores by itself.
 
     Args:
       folder: of all steps; made by the first save.
@@ -51,6 +55,9 @@ class CheckpointStore:
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 2, asynchronous: bool = False):
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells of every save, and of failures in many lines
         self.folder = epath.Path(folder)
+        if (scheme := os.fspath(self.folder).partition("://"))[1] and scheme[0] != "gs":
+            what = f"checkpoints cannot lie on {scheme[0]}://, which Orbax does not write"
+            raise UserError(what, where=os.fspath(folder), remedy="use a disk or gs://")
         self._kept, self._asynchronous = _Kept(keep, self.folder), asynchronous
         self._manager: ocp.CheckpointManager | None = None  # made by the first save: a reader changes nothing
         self._unreadable: set[int] = set()
@@ -80,10 +87,11 @@ class CheckpointStore:
             for broken in set(manager.all_steps()) - complete:  # Orbax would take it for the newest and save no other
                 manager.delete(broken)
             self._unreadable.clear()
-            copy, copied_train = (
-                (writing.apart(params), writing.apart(train)) if self._asynchronous else (params, train)
-            )
-            arguments = ocp.args.StandardSave(copy, jax.tree.map_with_path(_chunked, params))
+            own, alone = writing.apart if self._asynchronous else lambda tree: tree, writing.is_alone((params, train))
+            # Of several processes one by itself may hand arrays over only as numpy's.
+            own = (lambda tree: jax.tree.map(np.asarray, tree)) if alone else own
+            copy, copied_train = own(params), own(train)
+            arguments = ocp.args.StandardSave(copy, jax.tree.map_with_path(_chunked, copy if alone else params))
             items: dict[str, Any] = {"params": arguments, "meta": ocp.args.JsonSave(meta)}
             if train is not None:
                 items["train"] = ocp.args.StandardSave(copied_train)
@@ -115,9 +123,15 @@ class CheckpointStore:
                 preservation_policy=self._kept,
                 enable_async_checkpointing=self._asynchronous,
                 cleanup_tmp_directories=True,  # what a kill or a full disk left of a step
+                create=not (alone := writing.is_alone(trees)),  # which Orbax does for all processes only
+                multiprocessing_options=writing.processes(alone),
             )
+            if alone:
+                self.folder.mkdir(parents=True, exist_ok=True)
             handlers = writing.registry(trees)
-            self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, handler_registry=handlers)
+            self._manager = ocp.CheckpointManager(
+                files.absolute(self.folder), options=options, handler_registry=handlers
+            )
         return self._manager
 
     def all_steps(self) -> list[int]:
@@ -138,8 +152,10 @@ class CheckpointStore:
 
     def restore(self, step: int, item: str, abstract: Tree) -> Tree:
         """Reads "params" or "train" of one step into the shapes, dtypes and shardings of `abstract`."""
-        with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as reader:
-            place = self.folder.absolute() / str(step) / item
+        who = writing.processes(writing.is_alone(abstract))
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=who)
+        with contextlib.closing(ocp.Checkpointer(handler, multiprocessing_options=who)) as reader:
+            place = files.absolute(self.folder) / str(step) / item
             return reader.restore(place, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
@@ -250,6 +266,8 @@ def _is_complete(step: epath.Path) -> bool:
     try:
         items = json.loads((step / "_CHECKPOINT_METADATA").read_text())["item_handlers"]
     except (FileNotFoundError, ValueError, KeyError):
+        return False
+    if "://" in os.fspath(step) and not (step / layout.COMMITTED).exists():
         return False
     return all(
         (item == "params" and layout.is_whole(step / item))

@@ -192,7 +192,7 @@ def open_tensors(place: str | os.PathLike[str], item: str = "params") -> Tensors
 
 
 def _open_all(place: str | os.PathLike[str], item: str) -> dict[str, Tensor]:
-    folder = find(place).absolute() / str(newest_step(place)) / item
+    folder = files.absolute(find(place)) / str(newest_step(place)) / item
     try:
         tree = json.loads((folder / "_METADATA").read_text())
         leaves = [x for x in tree["tree_metadata"].values() if not x["value_metadata"].get("skip_deserialize")]

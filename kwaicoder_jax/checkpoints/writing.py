@@ -23,10 +23,13 @@ Tree = Any
 class Handler(ocp.StandardCheckpointHandler):
     """Writes what `ocp.StandardCheckpointHandler` does, under its name, in bounded memory."""
 
-    def __init__(self, largest: int = 0):
-        """`largest`: bytes of the largest piece of an array on one device."""
+    def __init__(self, largest: int = 0, alone: bool = False):
+        """`largest`: bytes of the largest piece of an array on one device; `alone`: as `is_alone` says."""
         room = max(ENCODED_BYTES, largest) + _SPARE  # Orbax wants more room than the largest piece takes
-        super().__init__(save_concurrent_gb=room / 1e9)  # type: ignore[arg-type]
+        super().__init__(
+            save_concurrent_gb=room / 1e9,  # type: ignore[arg-type]
+            multiprocessing_options=processes(alone),
+        )
 
     @classmethod
     def typestr(cls) -> str:
@@ -53,7 +56,7 @@ def registry(trees: Tree) -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     """The handlers of a manager that saves `trees` as "params" and "train", with a JSON description "meta"."""
     found = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item in ("params", "train"):
-        handler = Handler(largest_piece(trees))
+        handler = Handler(largest_piece(trees), is_alone(trees))
         found.add(item, ocp.args.StandardSave, handler)
         found.add(item, ocp.args.StandardRestore, handler)
     found.add("meta", ocp.args.JsonSave, ocp.JsonCheckpointHandler())
@@ -69,6 +72,22 @@ def _piece(leaf: Any) -> int:
     if not isinstance(leaf, jax.Array):
         return np.asarray(leaf).nbytes
     return int(np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+
+
+def is_alone(tree: Tree) -> bool:
+    """Whether there are several processes, and the arrays (or ShapeDtypeStructs) lie on this one's devices alone."""
+    if jax.process_count() == 1:
+        return False
+    places = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    return all(place is None or place.is_fully_addressable for place in places)
+
+
+def processes(alone: bool) -> ocp.options.MultiprocessingOptions:
+    """Who takes part in a save or a restore, as Orbax wants to know it."""
+    if not alone:
+        return ocp.options.MultiprocessingOptions()
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(here, active_processes={here}, barrier_sync_key_prefix=f"alone_{here}")
 
 
 def apart(tree: Tree) -> Tree:

@@ -1,6 +1,6 @@
 """Mesh and sharding rules, optimizer, schedule, state, step, loop, metrics."""
 
-from kwaicoder_jax.training import timeline
+from kwaicoder_jax.training import processes, timeline
 from kwaicoder_jax.training.guard import Diverged, Guard, SpikeConfig
 from kwaicoder_jax.training.loop import Loop, LoopConfig, Preempted
 from kwaicoder_jax.training.losses import (
@@ -30,6 +30,7 @@ from kwaicoder_jax.training.mesh import (
     row_sharding,
     row_share,
     shard_batch,
+    share_of,
 )
 from kwaicoder_jax.training.metrics import TIME_KEYS, MetricsLog, read_metrics
 from kwaicoder_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -81,6 +82,7 @@ __all__ = [
     "partition",
     "phase_rate",
     "platform_of",
+    "processes",
     "read_metrics",
     "replicated",
     "router_metrics",
@@ -88,6 +90,7 @@ __all__ = [
     "row_share",
     "run_model",
     "shard_batch",
+    "share_of",
     "state_shardings",
     "timeline",
 ]

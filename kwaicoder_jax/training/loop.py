@@ -133,7 +133,7 @@ class Loop:
             state = self._train(state, progress)
             with self.clock.phase("save"):
                 self.store.wait()
-            self._note(timeline.END, progress.step)
+            self._note(timeline.END, self.config.steps)  # a roll-back has begun another count than `progress`
             return state
         finally:
             if self._profiling:

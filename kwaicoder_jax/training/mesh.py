@@ -41,6 +41,19 @@ class MeshConfig:
     context: int = 1
 
 
+def share_of(config: MeshConfig, devices: int) -> MeshConfig:
+    """The mesh of so many devices that is most like `config`, which is of a multiple of them: its axes grow no longer.
+
+    Those that split parameters keep what they can, `data` loses first.
+    """
+    left, sizes = devices, {}
+    for axis in ("fsdp", "expert", "tensor", "context", "data"):
+        if (size := getattr(config, axis)) != -1:
+            sizes[axis] = math.gcd(size, left)
+            left //= sizes[axis]
+    return dataclasses.replace(config, **sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh over all devices (or those given); UserError if the sizes do not multiply to their number."""
     devices = list(jax.devices() if devices is None else devices)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -24,10 +25,6 @@ class MetricsLog:
     """
 
     def __init__(self, folder: str | os.PathLike[str], restored_step: int | None, evaluated_step: int | None = None):
-        from tensorboardX import (
-            SummaryWriter,  # imports PyTorch where that is installed: a second of every command's start
-        )
-
         self.file = epath.Path(folder) / "metrics.jsonl"
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self._cut(restored_step, restored_step if evaluated_step is None else evaluated_step)
@@ -35,7 +32,7 @@ class MetricsLog:
         self._events = None
         if "://" in os.fspath(folder):
             return  # its writers for object stores need packages of their own; metrics.jsonl holds the same numbers
-        self._events = SummaryWriter(os.fspath(epath.Path(folder) / "events"), purge_step=purge, flush_secs=30)
+        self._events = _event_writer()(os.fspath(epath.Path(folder) / "events"), purge_step=purge, flush_secs=30)
 
     def _cut(self, restored_step: int | None, evaluated_step: int | None) -> None:
         kept = []
@@ -60,6 +57,19 @@ class MetricsLog:
         """Flushes the TensorBoard events."""
         if self._events is not None:
             self._events.close()
+
+
+def _event_writer() -> Any:
+    """tensorboardX's writer. It would import PyTorch where that is installed: a second or more, for nothing we use."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # an import of it fails, as where it is not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Several processes that run one command together, as a launcher starts them."""
 
+import json
 import os
 import pathlib
 import socket
@@ -69,9 +70,16 @@ class Crowd:
             for each in range(len(self.processes)) if number in (None, each)
         )  # fmt: skip
 
+    def wait_for_file(self, file: pathlib.Path) -> None:
+        """Until it is there."""
+        deadline = time.monotonic() + 200
+        while not file.exists():
+            assert time.monotonic() < deadline, self.output()
+            time.sleep(0.02)
+
     def wait_for(self, folder: pathlib.Path, step: int) -> None:
         """Until a step is in the metrics."""
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         file = folder / "metrics.jsonl"
         while time.monotonic() < deadline and all(process.poll() is None for process in self.processes):
             if file.exists() and f'"step": {step},' in file.read_text():
@@ -81,13 +89,28 @@ class Crowd:
         raise AssertionError(f"no step {step}: {self.output()}")
 
 
+def last_step(stage: pathlib.Path) -> int:
+    """Of the metrics, or 0."""
+    file = stage / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def saved_step(stage: pathlib.Path) -> int:
+    """Of the newest checkpoint that has its name, or 0."""
+    folder = stage / "checkpoints"
+    return max((int(each.name) for each in folder.glob("*") if each.name.isdigit()), default=0)
+
+
 def arrays(stage: pathlib.Path) -> dict[str, np.ndarray]:
     """Every array of the newest checkpoint, whoever wrote it."""
     from kwaicoder_jax import checkpoints
 
+    newest = checkpoints.find(stage) / str(checkpoints.newest_step(stage))
     return {
         f"{item}/{name}": tensor.read()
         for item in ("params", "train")
+        if (newest / item).exists()
         for name, tensor in checkpoints.open_tensors(stage, item).items()
     }
 

@@ -1,18 +1,19 @@
 """The stage contract, metrics and the timeline in a bucket, as far as they can be had without a network.
 
-The bucket is fsspec's memory behind etils' s3:// paths; like a real one, it does not know how to append. Checkpoints are
-left out: TensorStore talks to the service itself.
+The bucket is fsspec's memory behind etils' s3:// paths; like a real one, it does not know how to append. Checkpoints go
+through Orbax and TensorStore to a service on this machine that answers as Google's does, in a process of its own.
 """
 
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from experiments import contract
+from experiments import command, contract
 from experiments.display import Display
 from experiments.stopping import Stop
-from kwaicoder_jax import files, training
+from kwaicoder_jax import checkpoints, files, training
 from kwaicoder_jax.errors import UserError
+from tests.kwaicoder_jax.training import devices
 
 
 class Bucket(MemoryFileSystem):
@@ -75,3 +76,28 @@ def test_a_stage_is_finished_once_and_a_change_is_refused(bucket):
     with pytest.raises(UserError, match=r"report\.title: was 'a', is now 'b'"):
         run("b")
     assert (bucket / "report" / "result.txt").read_text() == "done"
+
+
+def test_a_run_in_a_bucket_is_stopped_cut_off_and_gone_on_with_to_the_same_bits():
+    got = devices.run("training.run_in_bucket", 1)
+    assert (got["first"], got["second"], got["whole_before"]) == (12, 17, 15)
+    assert got["warnings"] == ["the checkpoint of step 17 is not whole, and passed over"]
+    assert (got["step"], got["same"], got["table"]) == (24, True, True)
+    assert got["streamed"] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert not got["seen_early"]
+    assert not got["left"]
+
+
+def test_checkpoints_elsewhere_than_on_a_disk_or_with_google_are_refused_in_one_line():
+    with pytest.raises(UserError) as caught:
+        checkpoints.CheckpointStore("s3://bucket/cpt/checkpoints")
+    assert str(caught.value) == (
+        "s3://bucket/cpt/checkpoints: checkpoints cannot lie on s3://, which Orbax does not write; use a disk or gs://"
+    )
+
+
+def test_a_work_folder_in_a_bucket_stays_there(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for place, expected in (("gs://bucket/run", "gs://bucket/run"), ("runs/a", f"{tmp_path}/runs/a")):
+        monkeypatch.setattr(command, "_flag", lambda name, place=place: place)
+        assert str(command.tool_workdir()) == expected

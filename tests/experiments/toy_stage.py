@@ -3,10 +3,15 @@
 TOY_FAULT=hang:1:7     process 1 gets no batch after its 7th
 TOY_FAULT=compile:0    process 0 compiles for ever
 TOY_SLOW=0.1           seconds that each batch takes
+TOY_LINGER=save:3      seconds that each save takes (or evaluate, or step; alone: the stage is one of process 0 alone)
+TOY_SIGNS=FOLDER       files FOLDER/PHASE.PROCESS say that a process has come to where it lingers
 """
 
+import itertools
 import os
+import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,6 +32,26 @@ def fault(kind: str) -> list[int]:
     """The numbers of a fault of this kind that this process is to suffer, or nothing."""
     name, *numbers = os.environ.get("TOY_FAULT", "none").split(":")
     return [int(number) for number in numbers] if name == kind and int(numbers[0]) == jax.process_index() else []
+
+
+def linger(phase: str, pause: Callable[[], bool] = lambda: False) -> None:
+    """Stays as long as TOY_LINGER has it for this phase, asking `pause` all the time; ends when that says yes."""
+    name, _, seconds = os.environ.get("TOY_LINGER", "none:0").partition(":")
+    if name != phase:
+        return
+    pathlib.Path(os.environ["TOY_SIGNS"], f"{phase}.{jax.process_index()}").touch()
+    for _ in range(round(float(seconds) / 0.1)):
+        time.sleep(0.1)
+        if pause():
+            raise training.Interrupted
+
+
+class Store(checkpoints.CheckpointStore):
+    """Stays in a save, with the files being written."""
+
+    def save(self, *arguments: Any) -> None:
+        super().save(*arguments)
+        linger("save")
 
 
 class Numbers:
@@ -61,14 +86,26 @@ def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
     return value, {"loss": value, "tokens": jnp.asarray(48.0)}
 
 
-def slow(compiled: Any) -> Any:
-    class Slow:
-        def lower(self, *arguments: Any) -> Any:
-            if fault("compile"):
-                jax.pure_callback(lambda: time.sleep(1000), None)  # C code waits for it
-            return compiled.lower(*arguments)
+class Slow:
+    """A step whose compilation and whose calls take as long as the environment says."""
 
-    return Slow()
+    def __init__(self, step: Any):
+        self._step = step
+
+    def lower(self, *arguments: Any) -> Any:
+        if fault("compile"):
+            jax.pure_callback(lambda: time.sleep(1000), None)  # C code waits for it
+        return Slow(self._step.lower(*arguments))
+
+    def compile(self) -> Any:
+        program, calls = self._step.compile(), itertools.count(1)
+
+        def call(*arguments: Any) -> Any:
+            if next(calls) > 3:  # steps that would be lost
+                linger("step")
+            return program(*arguments)
+
+        return call
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -90,14 +127,18 @@ def run(context: Context) -> dict[str, Any]:
     values = {name: section[name] for name in NAMES if name in section}
     if "spike" in section:
         values["spike"] = training.SpikeConfig(**section["spike"])
-    held_out: Any = lambda params, interrupted: {"valid_loss": float(total(params["table"]))}  # noqa: E731
+
+    def held_out(params: Any, interrupted: Any) -> dict[str, float]:
+        linger("evaluate", interrupted)
+        return {"valid_loss": float(total(params["table"]))}
+
     total = jax.jit(jnp.sum, out_shardings=rest)
     loop = training.Loop(
         config=training.LoopConfig(section["steps"], **values),
-        step=slow(training.make_step(loss, OPTIMIZER, lambda step: step * 0.0, shardings)),
+        step=Slow(training.make_step(loss, OPTIMIZER, lambda step: step * 0.0, shardings)),
         initial_state=jax.jit(fresh, out_shardings=shardings), abstract=training.abstract_state(shapes, shardings),
         frozen=jax.device_put(np.float32(0.5), rest), loader=Numbers(mesh, section["poison"]), held_out=held_out,
-        store=checkpoints.CheckpointStore(context.folder / "checkpoints", asynchronous=True),
+        store=Store(context.folder / "checkpoints", asynchronous=True),
         folder=context.folder, mesh=mesh, meta={"model": {}, "lineage": [], "identity": context.identity},
         flops_per_token=lambda length: 1.0,
     )  # fmt: skip
@@ -105,7 +146,21 @@ def run(context: Context) -> dict[str, Any]:
     return {"steps": section["steps"]}
 
 
-STAGE = Stage("toy", run, together=True)
+def run_alone(context: Context) -> dict[str, Any]:
+    """A stage of one process, with a checkpoint of its own: what its devices hold is no other process's affair."""
+    linger("alone")
+    place = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    params = {"a": jax.device_put(np.arange(6.0, dtype=np.float32), place)}
+    store = checkpoints.CheckpointStore(context.folder / "checkpoints")
+    store.save(0, params, {"model": {}, "lineage": [], "identity": context.identity}, {"b": params["a"] + 1})
+    store.close()
+    shape = jax.ShapeDtypeStruct((6,), jnp.float32, sharding=place)
+    assert (checkpoints.read_params(context.folder, {"a": shape})["a"] == params["a"]).all()
+    return {"process": jax.process_index()}
+
+
+ALONE = os.environ.get("TOY_LINGER", "").startswith("alone:")
+STAGE = Stage("toy", run_alone, together=False) if ALONE else Stage("toy", run, together=True)
 
 if __name__ == "__main__":
     from experiments.command import main

@@ -81,6 +81,25 @@ class CacheWriter:
             self._part().unlink()
         self._begin()
 
+    def go_back(self, shards: int) -> None:
+        """Drops all but the first so many shards; where several processes stood at different places, say."""
+        if shards >= self.shards:
+            return
+        ends = (".json", ".array_record", ".index.npy")  # a shard counts as long as it has the first
+        kept = [files.read_json(self._shard_place(number, ".json")) for number in range(shards)]
+        for number in reversed(range(shards, self.shards)):
+            for end in ends:
+                self._shard_place(number, end).unlink(missing_ok=True)
+        self._shard, self.position, self._known = 0, None, set()
+        for record in kept:
+            self._take_up(record)
+        self._begin()
+
+    def foreign(self, count: int) -> list[Any]:
+        """The files of processes that are not among the first so many, those first that make a shard count."""
+        found = [path for path in self._folder.glob("*-*.*") if int(path.name[:5]) >= count]
+        return sorted(found, key=lambda path: path.suffix != ".json")
+
     def _begin(self) -> None:
         self._writer: ArrayRecordWriter | None = None
         self._keys: list[bytes] = []
@@ -98,8 +117,16 @@ class CacheWriter:
         self.position = record["position"]
         self._shard += 1
 
+    @property
+    def shards(self) -> int:
+        """How many are committed."""
+        return self._shard
+
     def _place(self, end: str) -> Any:
-        return self._folder / f"{self._process:05d}-{self._shard:05d}{end}"
+        return self._shard_place(self._shard, end)
+
+    def _shard_place(self, number: int, end: str) -> Any:
+        return self._folder / f"{self._process:05d}-{number:05d}{end}"
 
     def _part(self) -> Any:
         return self._place(".part")

@@ -149,6 +149,45 @@ def test_a_kill_between_a_shard_s_files_leaves_the_shard_to_be_written_again(tmp
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
+def test_processes_that_stood_at_different_shards_go_back_to_one(tmp_path):
+    """And from there on to the same bytes."""
+    known = documents(40)
+    write(tmp_path / "whole", known, batches=4)
+    write(tmp_path / "back", known, batches=4)
+    (tmp_path / "back" / "manifest.json").unlink()
+    writer = CacheWriter(tmp_path / "back", HEADER)
+    writer.go_back(7)  # it has no more than 4
+    assert (writer.shards, writer.position) == (4, {"batch": 3})
+    writer.go_back(1)
+    assert (writer.shards, writer.position) == (1, {"batch": 0})
+    assert sorted(contents(tmp_path / "back")) == [
+        "00000-00000.array_record", "00000-00000.index.npy", "00000-00000.json", "begun.json"
+    ]  # fmt: skip
+    for number, part in enumerate(np.array_split(np.arange(40), 4)[1:], 1):
+        writer.add(*batch_of(rows_of([known[i] for i in part])))
+        writer.commit({"batch": number})
+    distillation.finish(tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "whole")
+    writer = CacheWriter(tmp_path / "back", HEADER)
+    writer.go_back(0)
+    assert writer.position is None
+    writer.add(*batch_of(rows_of(known[:3])))  # nothing is known any more
+    writer.commit(None)
+    assert distillation.finish(tmp_path / "back")["records"] == 3
+
+
+def test_shards_of_more_processes_than_there_are_are_foreign(tmp_path):
+    known = documents()
+    for process in range(12):
+        writer = CacheWriter(tmp_path, HEADER, process=process)
+        writer.add(*batch_of(rows_of(known[process::12])))
+        writer.commit(None)
+    names = [path.name for path in writer.foreign(10)]
+    assert sorted(names) == sorted(name for name in contents(tmp_path) if name.startswith(("00010", "00011")))
+    assert [name.endswith(".json") for name in names] == [True, True, False, False, False, False]  # first what counts
+    assert writer.foreign(12) == []
+
+
 def refused(place, words):
     with pytest.raises(UserError, match=words) as error:
         assert_holds(CacheReader(place), documents())

@@ -1,12 +1,15 @@
 """Steps that go wrong: against plain steps without their batches, to the bit, also when the run is interrupted."""
 
+import itertools
 import random
+import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from kwaicoder_jax import checkpoints, training
+from kwaicoder_jax.checkpoints import writing
 from kwaicoder_jax.errors import UserError
 from tests.kwaicoder_jax.training import toy
 
@@ -143,6 +146,56 @@ def test_a_newest_checkpoint_that_lost_files_is_passed_over_with_a_warning(tmp_p
     state, _, _ = toy.run(tmp_path, on_warning=warnings.append)
     assert warnings == ["the checkpoint of step 12 is not whole, and passed over"]
     toy.assert_same_bits(state, toy.plain(range(1, toy.STEPS + 1)))
+
+
+def test_stops_in_between_do_not_cost_the_checkpoint_to_go_back_to(tmp_path):
+    """Two checkpoints are kept, and the regular one that a jump would go back to."""
+    for asks in (11, 1, 1):
+        asked = itertools.count(1)
+        with pytest.raises(training.Preempted):
+            toy.run(tmp_path, spike=SPIKE, stop_requested=lambda asked=asked, asks=asks: next(asked) == asks)
+    store = checkpoints.CheckpointStore(tmp_path / "checkpoints")
+    assert store.complete_steps() == [13, 12, 10]
+    assert [store.meta(step).get("needs") for step in (13, 12, 10)] == [[10], [10], None]
+    state, meta, _ = toy.run(tmp_path, {14: toy.HUGE}, spike=SPIKE)
+    assert meta["guard"]["windows"] == [[11, 14]]
+    toy.assert_same_bits(state, toy.plain([number for number in range(1, toy.STEPS + 1) if not 11 <= number <= 14]))
+
+
+def test_where_nothing_is_gone_back_to_no_more_than_two_are_kept(tmp_path):
+    for asks in (11, 1, 1):
+        asked = itertools.count(1)
+        with pytest.raises(training.Preempted):
+            toy.run(tmp_path, stop_requested=lambda asked=asked, asks=asks: next(asked) == asks)
+    assert checkpoints.CheckpointStore(tmp_path / "checkpoints").complete_steps() == [13, 12]
+
+
+class _Fails:
+    """A piece of a save that is written behind the next steps, or not."""
+
+    def result(self, timeout=None):
+        raise ValueError("the network is down\nand more")
+
+
+def test_a_save_that_fails_behind_the_next_steps_is_told_before_the_next_save(tmp_path, monkeypatch):
+    saves, steps = itertools.count(1), []
+    original = writing.Handler.async_save
+
+    async def failing(self, directory, *arguments, **named):
+        found = await original(self, directory, *arguments, **named)
+        return [*(found or ()), _Fails()] if next(saves) > 2 else found  # two items a save: the second one fails
+
+    def on_step(step):
+        steps.append(step)
+        time.sleep(0.1)  # for the writing
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writing.Handler, "async_save", failing)
+        with pytest.raises(checkpoints.SaveFailed, match=r"a checkpoint could not be written: the network is down$"):
+            toy.run(tmp_path, on_step=on_step)
+    assert 10 <= steps[-1] < 15
+    assert checkpoints.newest_step(tmp_path) == 5
+    toy.assert_same_bits(toy.run(tmp_path)[0], toy.plain(range(1, toy.STEPS + 1)))
 
 
 def test_where_none_can_be_read_the_run_does_not_start_over(tmp_path):

@@ -84,6 +84,18 @@ def test_on_tpu_each_chunk_is_whole_blocks_of_the_kernels():
     assert models.context_multiple(1, "tpu") == 1
 
 
+@pytest.mark.parametrize(
+    ("config", "devices", "sizes"),
+    [(MeshConfig(), 4, [4, 1, 1, 1, 1]), (MeshConfig(fsdp=8), 4, [1, 4, 1, 1, 1]), (MeshConfig(fsdp=3), 1, [1] * 5),
+     (MeshConfig(8, 2), 4, [2, 2, 1, 1, 1]), (MeshConfig(fsdp=6, expert=2), 4, [1, 2, 2, 1, 1]),
+     (MeshConfig(4, 2, tensor=2), 4, [1, 2, 1, 2, 1]),
+     (MeshConfig(data=2, fsdp=-1, tensor=2), 4, [2, 1, 1, 2, 1])],
+)  # fmt: skip
+def test_one_process_s_share_of_a_mesh_is_a_mesh_of_its_devices(config, devices, sizes):
+    mesh = training.make_mesh(training.share_of(config, devices), jax.devices() * devices)
+    assert list(mesh.shape.values()) == sizes
+
+
 def test_two_axes_on_one_mesh_axis_are_refused():
     mesh = training.make_mesh(MeshConfig(), jax.devices()[:1])
     declaration = models.Declaration((4, 6), jnp.dtype("float32"), ("heads", "mlp"))

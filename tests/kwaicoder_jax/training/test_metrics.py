@@ -1,6 +1,7 @@
 """metrics.jsonl: valid JSON, cut where training goes on, whole lines only."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -45,6 +46,15 @@ def test_going_on_drops_what_lies_after_the_restored_step(tmp_path):
     assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
         (0, 1.0), (1, 1.0), (5, 1.0), (5, 1.0), (6, 2.0)
     ]  # fmt: skip
+
+
+def test_the_writer_of_events_does_not_bring_pytorch_along(tmp_path, monkeypatch):
+    """That would be a second of every command's start."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "tensorboardX")]:
+        monkeypatch.delitem(sys.modules, name)
+    log(tmp_path, None, {"step": 1, "loss": 1.0})
+    assert "torch" not in sys.modules
+    assert any((tmp_path / "events").iterdir())
 
 
 def test_a_fresh_start_drops_everything(tmp_path):

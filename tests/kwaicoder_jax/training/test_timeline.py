@@ -1,10 +1,15 @@
 """Time by phase over interrupted processes, against a story that was made up."""
 
 import math
+import time
 
-from kwaicoder_jax.training import timeline
+import pytest
+
+from kwaicoder_jax import checkpoints, training
+from kwaicoder_jax.training import resuming, timeline
 from kwaicoder_jax.training.clock import Clock
 from kwaicoder_jax.training.timeline import END, MARK, START
+from tests.kwaicoder_jax.training import toy
 
 
 def event(kind, at, step, /, **seconds):
@@ -64,3 +69,50 @@ def test_phases_inside_one_another_share_the_time_out(monkeypatch):
     assert clock.read() == {"step": 2.5, "save": 2.5, "input": 4.0}
     assert math.isclose(sum(clock.read().values()), 9.0)
     assert entered == ["save", "input", "save", "step"]
+
+
+def slowly(function, seconds):
+    def slow(*arguments, **named):
+        time.sleep(seconds)
+        return function(*arguments, **named)
+
+    return slow
+
+
+class SlowStep:
+    """One that takes its time to be compiled."""
+
+    def __init__(self, step):
+        self._step = step
+
+    def lower(self, *arguments):
+        time.sleep(0.3)
+        return self._step.lower(*arguments)
+
+
+def test_the_loop_notes_each_phase_of_a_run_that_is_stopped_and_rolls_back(tmp_path, monkeypatch):
+    step = toy.step()
+    monkeypatch.setattr(toy, "step", lambda: SlowStep(step))
+    monkeypatch.setattr(toy.Numbers, "__next__", slowly(toy.Numbers.__next__, 0.01))
+    monkeypatch.setattr(toy, "held_out", slowly(toy.held_out, 0.1))
+    monkeypatch.setattr(checkpoints.CheckpointStore, "save", slowly(checkpoints.CheckpointStore.save, 0.1))
+    monkeypatch.setattr(resuming, "read", slowly(resuming.read, 0.4))
+    options = {"spike": training.SpikeConfig(3.0, window=4, max_rollbacks=3)}
+    asked = iter(range(100))
+    with pytest.raises(training.Preempted):
+        toy.run(tmp_path, {18: toy.HUGE}, stop_requested=lambda: next(asked) == 11, **options)
+    before = time.time()
+    toy.run(tmp_path, {18: toy.HUGE}, **options)
+    events = timeline.read(tmp_path)
+    first, second = (at for at, each in enumerate(events) if each["kind"] == START)
+    assert (events[first]["step"], events[second]["step"], events[-1]["step"]) == (0, 12, 24)
+    assert events[-1]["kind"] == END
+    assert events[second]["at"] < before + 0.3  # before the checkpoint is read
+    marks = [(each["step"], each["seconds"]) for each in events[second:] if each["kind"] == MARK]
+    assert [step for step, _ in marks] == [13, 14, 15, 15, 16, 17, 18, 18, 19, 20, 20, 21, 22, 23, 24, 24]  # with saves
+    found = timeline.summarise(events)
+    least = {"input": 0.24, "evaluating": 0.5, "saving": 0.6, "restoring": 0.4, "compiling": 0.6, "rolling_back": 0.4}
+    for name, seconds in least.items():
+        assert seconds <= found[f"seconds_{name}"] < found["seconds_total"] - 1.0, name
+    assert found["restarts"] == 1
+    assert 0 < found["goodput"] < 1
