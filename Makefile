@@ -11,7 +11,7 @@ demo: .venv/core.stamp
 setup: .venv/dev.stamp
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile  # what a file's tests share, one worker makes once
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder  # a file shares what its tests make; the long ones come first
 
 test-slow: .venv/dev.stamp
 	$(BIN)/python -m pytest -m slow --timeout=3000

@@ -52,7 +52,7 @@ def test_a_longer_last_phase_keeps_the_tokens_of_a_batch():
     assert tokens == {256 * 4096}
     assert short["mesh"]["context"] == long["mesh"]["context"] == 1
     # As many rows or more than groups of chips: 32 on 64, 128 on 512, 32 on 256, 16 on 64.
-    machines = {"v5p-64": 2, "v5p-512": 4, "v5e-256": 8, "h100-64": 4}
+    machines = {"v5p-64": 2, "v5p-512": 4, "v5e-256": 8, "h100-64": 2}
     assert {name: section(f"32k,{name}")["mesh"]["context"] for name in machines} == machines
     with pytest.raises(ValueError, match="no variant 'v7'"):
         kwaicoder_23b_a4b.get_config("v7")

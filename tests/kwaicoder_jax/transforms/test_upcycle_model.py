@@ -37,7 +37,7 @@ def weights(params, name):
 
 
 def dense_mlp(config, w, x):
-    return DenseMLP(config, config.mlp_dim).apply({"params": w}, x, jnp.ones(x.shape[:2], bool))
+    return DenseMLP(config, models.Runtime(), config.mlp_dim).apply({"params": w}, x, jnp.ones(x.shape[:2], bool))
 
 
 def mixture(config, w, x):
