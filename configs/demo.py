@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
     config.stages = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
     config.mesh = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
     config.runtime = {"remat": "none", "scan_unroll": 0, "attention": "auto", "experts": "auto"}
-    config.loader = {"streams": 4}
+    config.loader = {"streams": 4, "workers": 0}
     config.validation = {"batch_size": 16, "sequence_length": 256, "max_tokens_per_source": 20_000}
 
     config.prepare_data = {
@@ -116,7 +116,10 @@ def get_config() -> ConfigDict:
     )
     config.correct_teacher = training(  # put it among the stages, behind pretrain; distill's teacher is then this one
         100, {"phase1": phase(1.0, broad, 0.3, {"peak": 3e-4, "end": 3e-5, "warmup_share": 0.05, "law": "cosine"})}
-    ) | {"balance": {"load": 0.01, "z": 0.001}, "continue_data": True}
+    ) | {
+        "balance": {"load": 0.01, "z": 0.001, "capacity_factor": config_dict.placeholder(float)},
+        "continue_data": True,
+    }
     config.prune = {
         "init_from": config_dict.placeholder(str),
         "seed": seed(),
@@ -154,7 +157,11 @@ def get_config() -> ConfigDict:
             "cross_entropy": 0.0,
         },
         "hidden_every": 1,  # every n-th kept layer is taught
-        "balance": {"load": 0.01, "z": 0.001},  # of a student that is a mixture
+        "balance": {
+            "load": 0.01,
+            "z": 0.001,
+            "capacity_factor": config_dict.placeholder(float),
+        },  # of a student that is a mixture
         "cache": config_dict.placeholder(str),  # cache_teacher, or a folder: learn from files, without hidden states
         "continue_data": True,  # go on in the data where the stage before ended, so that nothing comes twice
         "baseline": True,  # also train the student without the teacher, to compare
@@ -201,7 +208,7 @@ def get_config() -> ConfigDict:
             "phase3": phase(0.2, best, 0.3, {"peak": 7e-4, "end": 2e-5, "law": "1-sqrt"}),
         },
     ) | {
-        "balance": {"load": 0.01, "z": 0.001},
+        "balance": {"load": 0.01, "z": 0.001, "capacity_factor": config_dict.placeholder(float)},
         "continue_data": True,
         "continue_optimizer": False,  # with Adam's moments, from upcycle.optimizer_state
         "match_rates": False,  # learning rate times s, epsilon over s * R, on matrices that upcycling scaled by s

@@ -1,7 +1,7 @@
 """KwaiCoder-23BA4 at full size: an 8B code model, pruned, distilled, split into 64 experts, trained on in three phases.
 
     python -m experiments.compile --config=configs/kwaicoder_23b_a4b.py --topology=v5p:4x4x4
-    python -m experiments.cpt --config=configs/kwaicoder_23b_a4b.py --workdir=gs://bucket/run
+    python -m experiments.cpt --config=configs/kwaicoder_23b_a4b.py --workdir=/shared/run
 
 Argument: words separated by commas, as in configs/kwaicoder_23b_a4b.py:qwen,v5p-512,8k
 
@@ -125,7 +125,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.runtime.dispatch = machine.get("dispatch", "weights")
     config.runtime.expert_buffer = 1.5
     # A multiple of any number of hosts, as far as the rows of the longest sequences go round.
-    config.loader = {"streams": min(rows, rows * 4096 // length)}
+    config.loader = {"streams": min(rows, rows * 4096 // length), "workers": 0}
     config.validation = {"batch_size": rows, "sequence_length": 4096, "max_tokens_per_source": 2_000_000}
     # The imported model, so that shapes are known before it is there. float32 weights, bfloat16 arithmetic.
     config.model = {**TEACHERS[teacher], "dtype": "bfloat16", "param_dtype": "float32"}
@@ -170,7 +170,7 @@ def get_config(argument: str = "") -> ConfigDict:
             "hidden": True, "hidden_loss": "mse", "cross_entropy": 0.0,
         },
         "hidden_every": 5,
-        "balance": {"load": 0.01, "z": 0.001},
+        "balance": {"load": 0.01, "z": 0.001, "capacity_factor": config_dict.placeholder(float)},
         "cache": config_dict.placeholder(str),  # of cache_teacher: then without hidden states, and no teacher in memory
         "continue_data": False,
         "baseline": False,
@@ -180,7 +180,10 @@ def get_config(argument: str = "") -> ConfigDict:
         10_000_000_000, rows, {"phase1": phase(
             1.0, rows, 4096, broad, 0.5, {"peak": 2e-5, "end": 2e-6, "warmup_share": 0.05, "law": "cosine"}
         )},
-    ) | {"balance": {"load": 0.01, "z": 0.001}, "continue_data": True}  # fmt: skip
+    ) | {
+        "balance": {"load": 0.01, "z": 0.001, "capacity_factor": config_dict.placeholder(float)},
+        "continue_data": True,
+    }  # fmt: skip
     config.cache_teacher = {
         "teacher": config_dict.placeholder(str),
         "top_k": 128,  # fewer than 100 cost quality

@@ -26,11 +26,13 @@ from experiments.training_stage import (
     corpus_of,
     loader_of,
     mesh_of,
+    on_disk,
     phases_of,
     read_model,
     runtime_of,
 )
 from kwaicoder_jax import checkpoints, data, distillation, files, models, training
+from kwaicoder_jax.errors import UserError
 
 Rows = Callable[[data.Batch], distillation.TopK]
 
@@ -38,6 +40,10 @@ Rows = Callable[[data.Batch], distillation.TopK]
 def run(context: Context) -> dict[str, Any]:
     """Writes cache_teacher/cache."""
     mesh, corpus, distilling = mesh_of(context), corpus_of(context), as_distill(context)
+    on_disk(context, "the shards of a cache are read from a disk")
+    if training.row_share(mesh)[1] != jax.process_count():
+        what, remedy = "processes that share rows would write them twice", "give each rows of its own (context, tensor)"
+        raise UserError(what, where="mesh", remedy=remedy)
     phases = phases_of(distilling.section, "distill").data
     params, config, meta = read_model(context, "teacher", mesh)
     check_tokenizer(context, "teacher", meta, corpus)

@@ -50,9 +50,8 @@ def main() -> None:
         display.stage(NAME)
         context = command.tool_context(STAGE, holder.value, {}, {}, stop, display)
         machine, step = hardware.topology(flags.FLAGS.topology), flags.FLAGS.step
+        _check_flags(step)
         context = dataclasses.replace(context, config=of_phase(context.config, step, flags.FLAGS.phase))
-        if flags.FLAGS.search and step not in compile_steps.STEPS:
-            raise UserError(f"does not search for {step}", where="--search", remedy="name a mesh")
         if flags.FLAGS.search:
             compile_search.run(context, machine, step)
             return
@@ -68,6 +67,19 @@ def main() -> None:
             files.write_json(place / "summary.json", summary)
 
     command.execute(work, required=("config", "topology"), resumable=False)
+
+
+def _check_flags(step: str) -> None:
+    """UserError for flags that say nothing about the step."""
+    if step in compile_steps.STEPS:
+        for name in compile_generate.FLAGS:
+            if flags.FLAGS[name].present:
+                raise UserError(f"is not of {step}", where=f"--{name}", remedy="use it with --step=generate")
+        return
+    if flags.FLAGS.search:
+        raise UserError(f"does not search for {step}", where="--search", remedy="name a mesh")
+    if flags.FLAGS.phase is not None:
+        raise UserError(f"{step} has no phases", where="--phase", remedy="leave it out")
 
 
 def of_phase(config: dict[str, Any], step: str, phase: str | None) -> dict[str, Any]:

@@ -31,6 +31,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("prompt_tokens", 2048, "generate: of a prompt.")
 
 
+FLAGS = ("rows", "cache_tokens", "prompt_tokens")
+
+
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """An engine's programs, and what it holds beside the one that runs.
@@ -58,7 +61,8 @@ def make(context: Context, machine: hardware.Topology, rows: int | None, cache: 
     """The programs for so many rows, tokens of a row's cache and tokens of a prompt."""
     section = dataclasses.asdict(sections.Generate()) | dict(context.config.get(NAME, {}))
     fields.check(fields.of_class(sections.Generate), section, NAME)
-    mesh = training.make_mesh(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"), machine.devices)
+    split = training.without_context(build(training.MeshConfig, context.config.get("mesh", {}), "mesh"))
+    mesh = training.make_mesh(split, machine.devices)
     config = loading.in_dtype(recipe_models.model_before(context.config, NAME), section)
     placement, runtime = placement_of(mesh), runtime_from(context.config)
     load = inference.ahead.Load.of(config, section["max_rows"] if rows is None else rows, cache, prompt, placement)

@@ -16,8 +16,11 @@ REMAT = (models.Remat.FULL, models.Remat.ATTENTION, models.Remat.PROJECTIONS, mo
 
 
 def candidates(config: Mapping[str, Any], chips: int) -> Iterator[dict[str, Any]]:
-    """Configs with other meshes (fsdp and expert axes), policies and dispatch than `config`; its context axis stays."""
-    context = config.get("mesh", {}).get("context", 1)
+    """Configs with other meshes (fsdp and expert axes) and policies than `config`; its context axis stays.
+
+    Dispatch is by tokens where there is an expert axis, whatever the config says.
+    """
+    context = max(config.get("mesh", {}).get("context", 1), 1)
     chips //= context
     experts = config.get("upcycle", {}).get("granularity", 1) * config.get("upcycle", {}).get("replicas", 1)
     shares = [size for size in (1, 2, 4, 8, 16) if chips % size == 0 and experts % size == 0]

@@ -63,7 +63,7 @@ def job_of(
     load: Callable[[], Any], meta: dict[str, Any],
 ) -> Run:  # fmt: skip
     """The student's run under its teacher, whose projections lie on the mesh (or are shapes)."""
-    language_model.check_capacity(balance, config, "distill.balance")
+    language_model.check_capacity(balance, config, "distill.balance", mesh)
     extras = {"projections": guide.projections} if guide.projections else {}
     options: dict[str, Any] = {
         "student_config": config, "teacher_config": guide.config, "pairs": guide.pairs, "config": guide.settings,

@@ -18,6 +18,7 @@ from experiments.training_stage import (
     mesh_of,
     placement_of,
     read_model,
+    runtime_from,
     runtime_of,
     validation_of,
 )
@@ -50,14 +51,14 @@ def run(context: Context) -> dict[str, Any]:
         )  # fmt: skip
     params, config, meta = read_model(context, "init_from", mesh)
     check_tokenizer(context, "init_from", meta, corpus)
-    held_out = training.HeldOutLoss(config, validation_of(context, corpus), mesh, runtime_of(context))(params)
+    held_out = training.HeldOutLoss(config, validation_of(context, corpus), mesh, runtime_of(context, mesh))(params)
     summary = {"valid_loss": held_out["valid_loss"]}
     summary |= {f"valid_loss_{source}": loss for source, loss in held_out["valid_loss_by_source"].items()}
 
     settings: dict[str, Any] = {
         "seed": context.seed,
         "stop_tokens": (corpus.tokenizer.end_of_text,),
-        "runtime": runtime_of(context),
+        "runtime": runtime_from(context.config),
         "placement": placement_of(mesh),
     }
     generate: Callable[..., list[list[int]]] = functools.partial(

@@ -28,7 +28,7 @@ def job(
       **more: other fields of `Run`.
     """
     runtime, weights = training_runtime_of(context, mesh), balance or training.BalanceConfig()
-    check_capacity(weights, config, f"{context.stage.name}.balance")
+    check_capacity(weights, config, f"{context.stage.name}.balance", mesh)
 
     def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
         del frozen
@@ -56,11 +56,14 @@ def bias_rate(balance: training.BalanceConfig, config: models.ModelConfig, where
     return balance.bias_rate
 
 
-def check_capacity(balance: training.BalanceConfig, config: models.ModelConfig, where: str) -> None:
-    """Refuses a capacity for a model that has no experts."""
+def check_capacity(balance: training.BalanceConfig, config: models.ModelConfig, where: str, mesh: Any) -> None:
+    """Refuses a capacity for a model that has no experts, and where sequences are split."""
     if balance.capacity_factor is not None and config.experts is None:
         remedy = "set it to None, or train a mixture"
         raise UserError("the model has no experts", where=f"{where}.capacity_factor", remedy=remedy)
+    if balance.capacity_factor is not None and mesh.shape.get("context", 1) > 1:
+        what, remedy = "a capacity counts the rows of whole sequences", "set it to None, or mesh.context to 1"
+        raise UserError(what, where=f"{where}.capacity_factor", remedy=remedy)
 
 
 def router_loss(balance: training.BalanceConfig) -> Callable[[Any], tuple[jax.Array, dict[str, jax.Array]]]:

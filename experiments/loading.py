@@ -90,9 +90,10 @@ def load(config: Mapping[str, Any], name: str, workdir: Any = None) -> Loaded:
     """
     section = config[name]
     _check_choices(section, name)
-    mesh = training.make_mesh(build(training.MeshConfig, config["mesh"], "mesh")) if config.get("mesh") else None
-    if mesh is not None and mesh.size == 1:
-        mesh = None
+    mesh = None
+    if config.get("mesh"):
+        mesh = training.make_mesh(training.without_context(build(training.MeshConfig, config["mesh"], "mesh")))
+        mesh = mesh if mesh.size > 1 else None
     runtime = runtime_from(config)
     place = _place(config, name, workdir)
     opened = _open_foreign(place, section, mesh) if _is_foreign(place) else _open_own(place, section, mesh)

@@ -8,11 +8,13 @@ from typing import Any
 from experiments import fields, sections
 from experiments.command import main
 from experiments.contract import Context, Stage
+from experiments.training_stage import on_disk
 from kwaicoder_jax import data
 
 
 def run(context: Context) -> dict[str, Any]:
     """Writes prepare_data/corpus."""
+    on_disk(context, "a corpus is read from a disk")
     section = {key: value for key, value in context.section.items() if key != "sources"}
     target = context.folder / "corpus"
     if target.exists():  # whole, since it appears by a rename; a kill came between it and the summary

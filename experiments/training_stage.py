@@ -34,11 +34,16 @@ def build(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 def mesh_of(context: Context) -> Any:
-    """The device mesh of the recipe; of several processes one that works alone has its own devices' share of it."""
+    """The device mesh of the recipe; where nothing is trained, of whole rows.
+
+    Of several processes one that works alone has its own devices' share of it.
+    """
     config = build(training.MeshConfig, context.config.get("mesh", {}), "mesh")
-    mesh = training.make_mesh(config)
-    if jax.process_count() == 1 or context.stage.together:
-        return mesh
+    if context.stage.together:
+        return training.make_mesh(config)
+    config = training.without_context(config)
+    if jax.process_count() == 1:
+        return training.make_mesh(config)
     devices = jax.local_devices()
     return training.make_mesh(training.share_of(config, len(devices)), devices)
 
@@ -72,6 +77,12 @@ def placement_of(mesh: Any) -> inference.Placement | None:
     if mesh.size == 1:
         return None
     return inference.Placement(mesh, training.BATCH_AXES, training.RULES["kv_heads"])
+
+
+def on_disk(context: Context, why: str) -> None:
+    """UserError for a work folder in an object store."""
+    if "://" in str(context.folder):
+        raise UserError(why, where="--workdir", remedy="use a folder that all hosts see, such as a mounted bucket")
 
 
 def corpus_of(context: Context) -> data.Corpus:

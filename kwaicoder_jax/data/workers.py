@@ -105,7 +105,8 @@ class WorkerLoader(Iterator[packing.Batch]):
             answer = pickle.load(worker.stdout)
         except (EOFError, pickle.UnpicklingError):
             self.close()
-            raise RuntimeError(f"a worker of the loader ended, with status {worker.wait()}") from None
+            what = f"a worker of the loader ended, with status {worker.wait()}"
+            raise UserError(what, where="loader.workers", remedy="start again, with fewer if memory is short") from None
         if isinstance(answer, Exception):
             self.close()
             raise answer

@@ -38,7 +38,11 @@ _TYPES = {  # of operands, and of gradients
 def check_installed(quantization: Quantization, where: str) -> None:
     """UserError where qwix is needed and not there."""
     if quantization is not Quantization.NONE and importlib.util.find_spec("qwix") is None:
-        raise UserError(f"{quantization} needs qwix", where=where, remedy="pip install qwix==0.1.8, or use none")
+        raise UserError(
+            f"{quantization} needs qwix",
+            where=where,
+            remedy="pip install 'kwaicoder_jax[quantization]' (qwix), or use none",
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

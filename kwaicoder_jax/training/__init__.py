@@ -31,6 +31,7 @@ from kwaicoder_jax.training.mesh import (
     row_share,
     shard_batch,
     share_of,
+    without_context,
 )
 from kwaicoder_jax.training.metrics import TIME_KEYS, MetricsLog, read_metrics
 from kwaicoder_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -93,4 +94,5 @@ __all__ = [
     "share_of",
     "state_shardings",
     "timeline",
+    "without_context",
 ]

@@ -41,6 +41,12 @@ class MeshConfig:
     context: int = 1
 
 
+def without_context(config: MeshConfig) -> MeshConfig:
+    """The same devices with rows in the place of parts of rows: for what has no long rows, such as a step that decodes."""
+    fsdp = config.fsdp if config.fsdp == -1 or config.context == -1 else config.fsdp * config.context
+    return dataclasses.replace(config, fsdp=-1 if config.context == -1 else fsdp, context=1)
+
+
 def share_of(config: MeshConfig, devices: int) -> MeshConfig:
     """The mesh of so many devices that is most like `config`, which is of a multiple of them: its axes grow no longer.
 

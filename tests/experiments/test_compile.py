@@ -187,10 +187,18 @@ def test_a_tiny_step_in_int8_for_tpu(tmp_path):
     assert found.by_kind["matmul s8"] == 3 * 2 * 2 * 256 * 256 * 128 * (4 + 2 + 2 + 4)
 
 
-def test_no_search_for_generation(tmp_path):
-    done = compile_tiny(tmp_path, "v5e:2x2", "--step=generate", "--search")
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--step=generate", "--search"), "--search: does not search for generate"),
+        (("--step=generate", "--phase=phase3"), "--phase: generate has no phases"),
+        (("--step=cpt", "--rows=8"), "--rows: is not of cpt"),
+    ],
+)
+def test_flags_of_another_step_are_refused(tmp_path, arguments, words):
+    done = compile_tiny(tmp_path, "v5e:2x2", *arguments)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "--search: does not search for generate" in done.stderr
+    assert words in done.stderr
 
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")

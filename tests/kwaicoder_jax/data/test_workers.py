@@ -67,7 +67,7 @@ def test_a_worker_that_ends_is_an_error(corpus):
     shared = of_workers(corpus)
     next(shared)
     shared._processes[1].kill()
-    with pytest.raises(RuntimeError, match="worker of the loader ended, with status -9"):
+    with pytest.raises(UserError, match="a worker of the loader ended, with status -9"):
         list(shared)
     assert not shared._processes
 

@@ -133,9 +133,10 @@ def test_quantised_gradients_are_near():
 def test_without_qwix(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "qwix" else find(name, *rest))
-    with pytest.raises(
-        UserError, match=r"^runtime.quantization: int8 needs qwix; pip install qwix==0.1.8, or use none$"
-    ):
+    wanted = (
+        r"^runtime.quantization: int8 needs qwix; pip install 'kwaicoder_jax\[quantization\]' \(qwix\), or use none$"
+    )
+    with pytest.raises(UserError, match=wanted):
         Runtime(quantization="int8")
     Runtime()
 

@@ -96,6 +96,20 @@ def test_one_process_s_share_of_a_mesh_is_a_mesh_of_its_devices(config, devices,
     assert list(mesh.shape.values()) == sizes
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (MeshConfig(data=1, fsdp=2, context=4), [1, 8, 1, 1, 1]),
+        (MeshConfig(data=1, fsdp=-1, context=4), [1, 8, 1, 1, 1]),
+        (MeshConfig(data=1, fsdp=2, context=-1), [1, 8, 1, 1, 1]),
+        (MeshConfig(data=1, fsdp=2, tensor=2, context=2), [1, 4, 1, 2, 1]),
+    ],
+)
+def test_rows_in_the_place_of_parts_of_rows(config, sizes):
+    mesh = training.make_mesh(training.without_context(config), jax.devices() * 8)
+    assert list(mesh.shape.values()) == sizes
+
+
 def test_two_axes_on_one_mesh_axis_are_refused():
     mesh = training.make_mesh(MeshConfig(), jax.devices()[:1])
     declaration = models.Declaration((4, 6), jnp.dtype("float32"), ("heads", "mlp"))
