@@ -67,6 +67,9 @@ def _axes(mesh: AbstractMesh, projections: Sequence[jax.Array]) -> list[str | No
 def _added_up(mesh: AbstractMesh, sum_VD: jax.Array, axis: str | None) -> jax.Array:
     """The sum over all devices' tokens; each keeps its own columns."""
     if axis is not None:
-        sum_VD = jax.lax.psum_scatter(sum_VD, axis, scatter_dimension=1, tiled=True)
+        # Parts on an axis of their own: libtpu 0.0.42 writes a scatter of float32 rows or columns as a sum and a slice.
+        vocab, width = sum_VD.shape
+        parts_PDV = sum_VD.T.reshape(mesh.shape[axis], width // mesh.shape[axis], vocab)
+        sum_VD = jax.lax.psum_scatter(parts_PDV, axis, scatter_dimension=0).T
     rest = tuple(each for each in token_axes(mesh) if each != axis)
     return jax.lax.psum(sum_VD, rest) if rest else sum_VD
