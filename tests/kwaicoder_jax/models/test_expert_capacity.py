@@ -90,7 +90,10 @@ def test_a_mesh_that_splits_sequences_is_a_user_error():
 
 
 def test_a_dense_model_has_no_capacity():
-    balance, mesh = training.BalanceConfig(capacity_factor=1.0), training.make_mesh(training.MeshConfig(), jax.devices()[:1])
+    balance, mesh = (
+        training.BalanceConfig(capacity_factor=1.0),
+        training.make_mesh(training.MeshConfig(), jax.devices()[:1]),
+    )
     with pytest.raises(UserError, match=r"cpt.balance.capacity_factor: .*no experts"):
         language_model.check_capacity(balance, testing.dense_config(), "cpt.balance", mesh)
 
