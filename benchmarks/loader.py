@@ -1,6 +1,7 @@
 """What one process reads, packs and mixes, against what its chips would train on.
 
-    python -m benchmarks.loader [--rows=64] [--length=4096] [--streams=64] [--steps=32] [--workers=0] [--json=FILE]
+    python -m benchmarks.loader [--rows=64] [--length=4096] [--streams=64] [--steps=32] [--workers=0] [--chips=h100,v5p]
+        [--json=FILE]
 
 A corpus of installed Python packages (a tokenizer of 32,000 tokens is trained on it), fill-in-the-middle for half of the
 texts. First the loader alone: tokens per second of its thread, and of its processor time. Then a step that takes as long as
@@ -102,6 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 64), ("length", 4096), ("streams", 64), ("steps", 32), ("workers", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--chips", default="h100,v5p", help="hosts to keep pace with; fewer needs take longer")
     parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
     shape, found = Shape(arguments.rows, arguments.length, arguments.streams, arguments.workers), []
@@ -114,13 +116,13 @@ def main() -> None:
             f" processor time, {rate['filled']:.1%} of the places filled\n"
         )
         print("| host | needs, tokens / s | processors | first batch, s | waited for data |\n|---|---|---|---|---|")
-        for chip, chips in HOSTS.items():
+        for chip in arguments.chips.split(","):
             need = needed(chip, shape.length)
             paced = beside_a_step(loader(corpus, shape, arguments.steps), shape.rows * shape.length / need)
             row = {"chip": chip, "needed": need, "processors": need / rate["tokens_per_processor_second"], **paced}
             found.append(rate | row)
             print(
-                f"| {chips} {chip} | {need:,.0f} | {row['processors']:.2f} | {paced['first_batch_seconds']:.1f} |"
+                f"| {HOSTS[chip]} {chip} | {need:,.0f} | {row['processors']:.2f} | {paced['first_batch_seconds']:.1f} |"
                 f" {paced['waited_share']:.1%} |",
                 flush=True,
             )

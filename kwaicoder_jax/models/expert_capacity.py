@@ -4,20 +4,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh
 
 from kernels import grouped_matmul
 from kernels.routing import capacity
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.models.expert_sharding import WEIGHT_AXES, Choice
-from kwaicoder_jax.models.mesh_axes import gathered, token_axes, weight_axis
+from kwaicoder_jax.models.expert_sharding import Choice, Weights, on_expert_shards
 
 
 def capped_experts(
     mesh: AbstractMesh | None,
     choice: Choice,
     x_MD: jax.Array,
-    weights: tuple[jax.Array, jax.Array, jax.Array],
+    weights: Weights,
     mask_BT: jax.Array,
     *,
     factor: float,
@@ -56,21 +55,13 @@ def capped_experts(
     place_MX = place_BTX.reshape(index_MX.shape)
     if mesh is None:
         return grouped_matmul.capped_expert_mlp(x_MD, *choice, place_MX, *weights, rows=rows, time=time), dropped
-    expert, fsdp, tensor = (
-        weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, weights[0].shape, strict=True)
-    )
 
-    def local(choice: Choice, place_MX: jax.Array, x_MD: jax.Array, *weights: Any) -> jax.Array:
-        weights = tuple(gathered(w, fsdp, dimension, stage) for w, dimension in zip(weights, (1, 1, 2), strict=True))
-        if gather_weights:
-            weights = tuple(gathered(w, expert, 0, stage) for w in weights)
+    def local(tokens: Any, weights: Any, expert: str | None) -> tuple[jax.Array, None]:
+        (weight_MX, index_MX), place_MX, x_MD = tokens
         y_MD = grouped_matmul.capped_expert_mlp(
-            x_MD, *choice, place_MX, *weights, rows=rows, time=time, axis=None if gather_weights else expert
+            x_MD, weight_MX, index_MX, place_MX, *weights, rows=rows, time=time, axis=expert
         )
-        return y_MD if tensor is None else jax.lax.psum(y_MD, tensor)
+        return y_MD, None
 
-    tokens = PartitionSpec(token_axes(mesh))
-    weights_in, weights_out = PartitionSpec(expert, fsdp, tensor), PartitionSpec(expert, tensor, fsdp)
-    in_specs = (tokens, tokens, tokens, weights_in, weights_in, weights_out)
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)
-    return sharded(choice, place_MX, x_MD, *weights), dropped
+    tokens = (choice, place_MX, x_MD)
+    return on_expert_shards(local, mesh, tokens, weights, whole=gather_weights, stage=stage)[0], dropped

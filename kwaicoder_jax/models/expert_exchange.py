@@ -4,12 +4,13 @@ What `expert_sharding.tokens_to_experts` does by a gather of all tokens of the g
 does with the rows that an expert wants, and nothing else.
 """
 
+from typing import Any
+
 import jax
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import AbstractMesh
 
 from kernels import grouped_matmul
-from kwaicoder_jax.models.expert_sharding import WEIGHT_AXES, Choice
-from kwaicoder_jax.models.mesh_axes import gathered, token_axes, weight_axis
+from kwaicoder_jax.models.expert_sharding import Choice, on_expert_shards
 
 
 def exchanged_experts(
@@ -37,21 +38,14 @@ def exchanged_experts(
       backend: of the grouped matmul.
       stage: of scattered gradients, see `mesh_axes.gathered`.
     """
-    expert, fsdp, tensor = (
-        weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
-    )
-    assert expert is not None
 
-    def local(choice: Choice, x_MD: jax.Array, *weights: jax.Array) -> jax.Array:
-        weights = tuple(gathered(w, fsdp, dimension, stage) for w, dimension in zip(weights, (1, 1, 2), strict=True))
+    def local(tokens: tuple[Choice, jax.Array], weights: Any, expert: str | None) -> tuple[jax.Array, None]:
+        assert expert is not None
+        choice, x_MD = tokens
         y_MD = grouped_matmul.exchanged_expert_mlp(
             x_MD, *choice, *weights, axis=expert, mesh_axes=mesh.axis_names, rows=rows, backend=backend
-        ).astype(x_MD.dtype)
-        return y_MD if tensor is None else jax.lax.psum(y_MD, tensor)
+        )
+        return y_MD.astype(x_MD.dtype), None
 
-    tokens = PartitionSpec(token_axes(mesh))
-    weights_in, weights_out = PartitionSpec(expert, fsdp, tensor), PartitionSpec(expert, tensor, fsdp)
-    in_specs = (tokens, tokens, weights_in, weights_in, weights_out)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)(
-        choice, x_MD, gate_EDF, up_EDF, down_EFD
-    )
+    weights = (gate_EDF, up_EDF, down_EFD)
+    return on_expert_shards(local, mesh, (choice, x_MD), weights, whole=False, stage=stage)[0]

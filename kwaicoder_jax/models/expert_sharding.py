@@ -16,12 +16,61 @@ from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, gathered, to
 Outputs = TypeVar("Outputs")
 LocalFunction = Callable[[Any, jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Outputs]]
 
+Weights = tuple[jax.Array, jax.Array, jax.Array]  # gate, up, down
+
 WEIGHT_AXES = ("expert", EMBED_AXIS, TENSOR_AXIS)  # of [E, D, F] weights
 
 
 def neuron_axis(mesh: AbstractMesh | None, neurons: int) -> str | None:
     """The mesh axis over which the function of `on_each_shard` sees a part of the neurons, if there is one."""
     return None if mesh is None else weight_axis(mesh, WEIGHT_AXES[-1], neurons)
+
+
+def on_expert_shards(
+    function: Callable[[Any, Weights, str | None], tuple[jax.Array, Outputs]],
+    mesh: AbstractMesh,
+    tokens: Any,
+    weights: Weights,
+    *,
+    whole: bool,
+    stage: int = 0,
+) -> tuple[jax.Array, Outputs]:
+    """Calls `function` on each device with its tokens and weights of whole width.
+
+    Args:
+      function: (tokens, weights, axis) -> (y_MD, more arrays with a leading M or B). `axis` is that of the mesh along which
+        experts are still split. Additive over slices of F: where the mesh has a tensor axis it sees a part of the neurons,
+        and y is summed.
+      mesh: from `token_mesh`.
+      tokens: arrays [M, ...] in any tree.
+      weights: gate_EDF, up_EDF, down_EFD of all experts.
+      whole: whether the weights of all experts come to each device; `axis` is None then.
+      stage: of scattered gradients, see `mesh_axes.gathered`.
+    """
+    expert, fsdp, tensor = (
+        weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, weights[0].shape, strict=True)
+    )
+
+    def local(tokens: Any, weights: Weights) -> tuple[jax.Array, Outputs]:
+        gate_EDF, up_EDF, down_EFD = (gathered(w, expert, 0, stage) if whole else w for w in weights)
+        wide = (
+            gathered(gate_EDF, fsdp, 1, stage),
+            gathered(up_EDF, fsdp, 1, stage),
+            gathered(down_EFD, fsdp, 2, stage),
+        )
+        y_MD, rest = function(tokens, wide, None if whole else expert)
+        return (y_MD if tensor is None else jax.lax.psum(y_MD, tensor)), rest
+
+    spread = PartitionSpec(token_axes(mesh))
+    weights_in, weights_out = PartitionSpec(expert, fsdp, tensor), PartitionSpec(expert, tensor, fsdp)
+    # check_vma would want every zero that starts a loop inside the kernels to be marked as varying over the mesh.
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(spread, (weights_in, weights_in, weights_out)),
+        out_specs=spread,
+        check_vma=False,
+    )(tokens, weights)
 
 
 def on_each_shard(
@@ -48,31 +97,15 @@ def on_each_shard(
       down_EFD: down projections.
       stage: of scattered gradients, see `mesh_axes.gathered`.
     """
+    weights = (gate_EDF, up_EDF, down_EFD)
     if mesh is None:
-        return function(router_ME, x_MD, gate_EDF, up_EDF, down_EFD)
-    expert, fsdp, tensor = (
-        weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
-    )
+        return function(router_ME, x_MD, *weights)
 
-    def whole(weights: jax.Array, embed_axis: int) -> jax.Array:
-        return gathered(gathered(weights, expert, 0, stage), fsdp, embed_axis, stage)
+    def local(tokens: Any, weights: Weights, _: str | None) -> tuple[jax.Array, Outputs]:
+        router_ME, x_MD = tokens
+        return function(router_ME, x_MD, *weights)
 
-    def local(
-        router_ME: Any, x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
-    ) -> tuple[jax.Array, Outputs]:
-        y_MD, rest = function(router_ME, x_MD, whole(gate_EDF, 1), whole(up_EDF, 1), whole(down_EFD, 2))
-        return (y_MD if tensor is None else jax.lax.psum(y_MD, tensor)), rest
-
-    tokens = PartitionSpec(token_axes(mesh))
-    weights_in, weights_out = PartitionSpec(expert, fsdp, tensor), PartitionSpec(expert, tensor, fsdp)
-    # check_vma would want every zero that starts a loop inside the kernels to be marked as varying over the mesh.
-    return jax.shard_map(
-        local,
-        mesh=mesh,
-        in_specs=(tokens, tokens, weights_in, weights_in, weights_out),
-        out_specs=tokens,
-        check_vma=False,
-    )(router_ME, x_MD, gate_EDF, up_EDF, down_EFD)
+    return on_expert_shards(local, mesh, (router_ME, x_MD), weights, whole=True, stage=stage)
 
 
 Choice = tuple[jax.Array, jax.Array]  # combine weights and experts, [M, X]
@@ -105,25 +138,17 @@ def tokens_to_experts(
       down_EFD: down projections.
       stage: of scattered gradients, see `mesh_axes.gathered`.
     """
-    expert, fsdp, tensor = (
-        weight_axis(mesh, axis, size) for axis, size in zip(WEIGHT_AXES, gate_EDF.shape, strict=True)
-    )
-    assert expert is not None
 
-    def local(choice: Choice, x_MD: jax.Array, *weights: jax.Array) -> jax.Array:
-        weights = tuple(gathered(w, fsdp, dimension, stage) for w, dimension in zip(weights, (1, 1, 2), strict=True))
+    def local(tokens: tuple[Choice, jax.Array], weights: Weights, expert: str | None) -> tuple[jax.Array, None]:
+        assert expert is not None
+        choice, x_MD = tokens
         weight_MX, index_MX = (gathered(each, expert, 0) for each in choice)
         index_MX = index_MX - jax.lax.axis_index(expert) * weights[0].shape[0]
         y_MD = function(gathered(x_MD, expert, 0), (weight_MX, index_MX), *weights).astype(x_MD.dtype)
-        y_MD = jax.lax.psum_scatter(y_MD, expert, scatter_dimension=0, tiled=True)
-        return y_MD if tensor is None else jax.lax.psum(y_MD, tensor)
+        return jax.lax.psum_scatter(y_MD, expert, scatter_dimension=0, tiled=True), None
 
-    tokens = PartitionSpec(token_axes(mesh))
-    weights_in, weights_out = PartitionSpec(expert, fsdp, tensor), PartitionSpec(expert, tensor, fsdp)
-    in_specs = (tokens, tokens, weights_in, weights_in, weights_out)
-    return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=tokens, check_vma=False)(
-        choice, x_MD, gate_EDF, up_EDF, down_EFD
-    )
+    weights = (gate_EDF, up_EDF, down_EFD)
+    return on_expert_shards(local, mesh, (choice, x_MD), weights, whole=False, stage=stage)[0]
 
 
 def expert_shares(mesh: AbstractMesh | None, experts: int) -> int:

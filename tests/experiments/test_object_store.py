@@ -6,7 +6,6 @@ through Orbax and TensorStore to a service on this machine that answers as Googl
 
 import pytest
 from etils.epath import backend
-from fsspec.implementations.memory import MemoryFileSystem
 
 from experiments import command, contract
 from experiments.display import Display
@@ -14,19 +13,7 @@ from experiments.stopping import Stop
 from kwaicoder_jax import checkpoints, files, training
 from kwaicoder_jax.errors import UserError
 from tests.kwaicoder_jax.training import devices
-
-
-class Bucket(MemoryFileSystem):
-    protocol = "s3"
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(str(path).replace("s3://", "memory://"))
-
-    def _open(self, path, mode="rb", **options):
-        if mode.startswith("a"):
-            raise NotImplementedError("objects are written whole")
-        return super()._open(path, mode, **options)
+from tests.kwaicoder_jax.training.bucket import Bucket
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import threading
 import types
 import urllib.parse
@@ -14,13 +15,13 @@ from orbax.checkpoint._src.path import gcs_utils
 
 
 class Bucket(MemoryFileSystem):
-    """Objects by their name behind gs://; like a real one it does not know how to append."""
+    """Objects by their name behind gs:// or s3://; like a real one it does not know how to append."""
 
-    protocol = "gs"
+    protocol = ("gs", "s3")
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> Any:
-        return MemoryFileSystem._strip_protocol(str(path).replace("gs://", "memory://"))
+        return MemoryFileSystem._strip_protocol(re.sub(r"^(gs|s3)://", "memory://", str(path)))
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
         if mode.startswith("a"):
