@@ -24,7 +24,6 @@ STACKS = ("dense_layers", "layers")
 # Weights that the model reads through `models.layers.project`: those of one group multiply one input.
 GROUPS = (("query", "key", "value"), ("out",), ("gate", "up"), ("down",), ("query_down", "kv_down"), ("query_up",))
 INNER = {"out": 2}  # how many of their axes a product contracts, where it is not one
-AS_STORED = ("scale", "bias", "router", "shared_gate")  # ends of names: small, and most of them read in float32
 
 
 class Form(enum.StrEnum):
@@ -179,7 +178,7 @@ def _inner(path: str) -> int:
 
 
 def _dtype(path: str, leaf: Any, config: ModelConfig) -> str:
-    return str(leaf.dtype) if path.endswith(AS_STORED) else config.dtype
+    return str(leaf.dtype) if path.endswith(models.AS_STORED) else config.dtype
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -8,6 +8,7 @@ from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Route
 from kwaicoder_jax.models.flops import decode_flops_per_token, forward_flops_per_token, train_flops_per_token
 from kwaicoder_jax.models.moe import RouterStatistics, choose_experts
 from kwaicoder_jax.models.parameters import (
+    AS_STORED,
     Declaration,
     Params,
     abstract,
@@ -30,6 +31,7 @@ from kwaicoder_jax.models.transformer import Output, Transformer
 from kwaicoder_jax.models.vocabulary import cross_entropy, logits, projection
 
 __all__ = [
+    "AS_STORED",
     "Cache",
     "Declaration",
     "Dispatch",

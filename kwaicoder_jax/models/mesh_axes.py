@@ -122,13 +122,3 @@ def scattered(x: jax.Array, axis: str, dimension: int, stage: int = 0) -> jax.Ar
     far = [[group * stage + place for group in range(groups)] for place in range(stage)]
     near = [[group * stage + place for place in range(stage)] for group in range(groups)]
     return scatter(scatter(x, axis_index_groups=far), axis_index_groups=near)
-
-
-def cast(weight: jax.Array, dtype: str, mesh: AbstractMesh | None) -> jax.Array:
-    """One layer's weight in the dtype of the computation.
-
-    On a mesh behind a barrier: XLA would cast the weights of all layers before the loop over them, and keep both.
-    """
-    if mesh is not None and weight.dtype != jax.numpy.dtype(dtype):
-        weight = jax.lax.optimization_barrier(weight)
-    return weight.astype(dtype)

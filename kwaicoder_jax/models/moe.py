@@ -18,7 +18,7 @@ from kwaicoder_jax.models.expert_exchange import exchanged_experts
 from kwaicoder_jax.models.expert_sharding import expert_shares, neuron_axis, on_each_shard, tokens_to_experts
 from kwaicoder_jax.models.experts_config import ExpertsConfig, GroupScore, Router
 from kwaicoder_jax.models.layers import DenseMLP, declare, declare_bias, project
-from kwaicoder_jax.models.mesh_axes import cast, context_shares, flat, token_axes, token_mesh, unflat
+from kwaicoder_jax.models.mesh_axes import context_shares, flat, token_axes, token_mesh, unflat
 from kwaicoder_jax.models.statistics import recording, store
 
 
@@ -178,7 +178,7 @@ class MoE(nn.Module):
         up_EDF = declare(self, "up", in_shape, in_axes, init, c.param_dtype)
         down_EFD = declare(self, "down", out_shape, out_axes, out_init, c.param_dtype)
         mesh = _mesh_of(x_BTD, rows=recording(self))
-        weights: Any = tuple(cast(weight, c.dtype, mesh) for weight in (gate_EDF, up_EDF, down_EFD))
+        weights: Any = tuple(weight.astype(c.dtype) for weight in (gate_EDF, up_EDF, down_EFD))
 
         x_MD = flat(x_BTD, mesh)
         logits_ME = jnp.einsum(

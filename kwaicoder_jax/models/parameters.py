@@ -15,7 +15,10 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.attention import Cache
 from kwaicoder_jax.models.config import ModelConfig, Runtime
 from kwaicoder_jax.models.statistics import COLLECTION
+from kwaicoder_jax.models.stored import StoredMatrix
 from kwaicoder_jax.models.transformer import Output, Transformer
+
+AS_STORED = ("scale", "bias", "router", "shared_gate")  # ends of names: small, and most of them read in float32
 
 Params = Any  # one nested dict of arrays; layer parameters carry a leading layer axis
 
@@ -161,11 +164,28 @@ def forward(
     if statistics and capacity_factor is not None:
         raise ValueError("statistics are those of a model that drops nothing: leave out capacity_factor")
     model = Transformer(config, runtime or Runtime(), collect_layers, capacity_factor)
+    params = _narrowed(params, config)
     arguments = (inputs_BT, positions_BT, segments_BT, cache)
     if not statistics:
         return model.apply({"params": params}, *arguments)  # type: ignore[return-value]
     output, recorded = model.apply({"params": params}, *arguments, mutable=[COLLECTION])
     return output.replace(statistics=recorded[COLLECTION])  # type: ignore[union-attr]
+
+
+def _narrowed(params: Params, config: ModelConfig) -> Params:
+    """The layers' matrices in the dtype of the computation, if that is narrower; the others as they are.
+
+    All layers at once, before the loop over them: XLA would cast them there anyway, and gradients are then stacked in the
+    narrow dtype, in which each layer computes them, and not in that of the parameters.
+    """
+
+    def cast(path: str, leaf: Any) -> Any:
+        in_layers = path.startswith(("layers/", "dense_layers/"))
+        if not in_layers or path.endswith(AS_STORED) or isinstance(leaf, StoredMatrix):
+            return leaf
+        return leaf.astype(config.dtype) if jnp.dtype(config.dtype).itemsize < leaf.dtype.itemsize else leaf
+
+    return unflatten({path: cast(path, leaf) for path, leaf in flatten(params).items()})
 
 
 def empty_cache(config: ModelConfig, batch: int, slots: int) -> Cache:

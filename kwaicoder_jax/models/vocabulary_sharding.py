@@ -7,9 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, batch_spec, token_axes, token_mesh, weight_axis
+
+# What is scattered at a time. libtpu 0.0.42 scatters an array where the tiles of a device's part are many small factors, as
+# with rows in thousands, and sums it whole elsewhere (151,936 = 128 x 1187); with few elements less memory is held.
+SCATTERED_ELEMENTS, SCATTERED_ROWS = 2**24, 2048
 
 # (token arrays, projections [V, D], mesh axis over which V is split or None) -> (token arrays, sums like projections)
 LocalLoss = Callable[[Sequence[jax.Array], Sequence[jax.Array], str | None], tuple[Any, Sequence[jax.Array]]]
@@ -67,9 +72,16 @@ def _axes(mesh: AbstractMesh, projections: Sequence[jax.Array]) -> list[str | No
 def _added_up(mesh: AbstractMesh, sum_VD: jax.Array, axis: str | None) -> jax.Array:
     """The sum over all devices' tokens; each keeps its own columns."""
     if axis is not None:
-        # Parts on an axis of their own: libtpu 0.0.42 writes a scatter of float32 rows or columns as a sum and a slice.
-        vocab, width = sum_VD.shape
-        parts_PDV = sum_VD.T.reshape(mesh.shape[axis], width // mesh.shape[axis], vocab)
-        sum_VD = jax.lax.psum_scatter(parts_PDV, axis, scatter_dimension=0).T
+        scattered = [jax.lax.psum_scatter(x_VD, axis, scatter_dimension=1, tiled=True) for x_VD in _slices(sum_VD)]
+        sum_VD = jnp.concatenate(scattered)[: sum_VD.shape[0]]
     rest = tuple(each for each in token_axes(mesh) if each != axis)
     return jax.lax.psum(sum_VD, rest) if rest else sum_VD
+
+
+def _slices(x_VD: jax.Array) -> list[jax.Array]:
+    """Rows of about SCATTERED_ELEMENTS, rounded up to whole SCATTERED_ROWS; zeros behind the last."""
+    vocab, width = x_VD.shape
+    parts = -(-vocab * width // SCATTERED_ELEMENTS)
+    step = -(-vocab // (parts * SCATTERED_ROWS)) * SCATTERED_ROWS
+    padded_VD = jnp.pad(x_VD, ((0, -vocab % SCATTERED_ROWS), (0, 0)))
+    return [padded_VD[first : first + step] for first in range(0, vocab, step)]
