@@ -104,6 +104,41 @@ def test_initialisation_scale():
             assert name in ("embedding",) or not np.array_equal(layers[0], layers[1]), "layers must differ"
 
 
+def scanned(program):
+    """What all loops over layers or time give."""
+    for equation in program.eqns:
+        if equation.primitive.name == "scan":
+            yield from (variable.aval for variable in equation.outvars)
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from scanned(inner)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_are_stacked_in_the_dtype_of_the_computation(dtype):
+    """A scan over layers reads and gives matrices in `dtype`; the router, scales and what comes out are float32."""
+    config = testing.moe_config().replace(dtype=dtype)
+    params, batch = testing.random_params(config), testing.random_batch(config, 2, 16)
+    gradient_of = jax.grad(testing.mean_loss)
+    program = jax.make_jaxpr(lambda params: gradient_of(params, config, batch))(params)
+    stacked = {(aval.shape, str(aval.dtype)) for aval in scanned(program.jaxpr)}
+    moe = params["layers"]["moe"]
+    assert {(moe["down"].shape, dtype), (moe["router"].shape, "float32")} <= stacked
+    assert dtype == "float32" or (moe["down"].shape, "float32") not in stacked
+    gradients = gradient_of(params, config, batch)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}
+
+
+def test_parameters_narrower_than_the_computation_stay_as_they_are():
+    config = testing.dense_config().replace(param_dtype="bfloat16")
+    params, batch = testing.random_params(config), testing.random_batch(config, 1, 4)
+    program = str(jax.make_jaxpr(lambda params: testing.run(params, config, batch).hidden_BTD)(params))
+    stacked = ",".join(map(str, params["layers"]["mlp"]["gate"].shape))
+    assert f"bf16[{stacked}]" in program
+    assert f"f32[{stacked}]" not in program
+
+
 def test_flatten_and_back():
     params = testing.random_params(testing.moe_config())
     flat = models.flatten(params)

@@ -8,7 +8,11 @@ import numpy as np
 import optax
 
 from kwaicoder_jax import models, testing, training
+from kwaicoder_jax.models import vocabulary_sharding
 from kwaicoder_jax.training import MeshConfig
+
+# The vocabulary's gradient in three slices, the last one filled up.
+vocabulary_sharding.SCATTERED_ELEMENTS, vocabulary_sharding.SCATTERED_ROWS = 1024, 16
 
 # Every size can be shared by two, and no two are equal (6 experts, 2 of them per token).
 DENSE = testing.dense_config(vocab_size=94, layers=1, heads=4, kv_heads=2, mlp_dim=44)
