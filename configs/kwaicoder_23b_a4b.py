@@ -42,7 +42,8 @@ STUDENTS = {
 # Rows of 4096 tokens in a global batch: 1M tokens where chips are few, 4M on the large slice.
 MACHINES: dict[str, dict[str, Any]] = {
     "v5p-64": {"rows": 256, "remat": "projections"},
-    "v5p-512": {"rows": 1024, "remat": "projections"},
+    # Weights over 64 chips, eight times: of 3072 channels 512 chips would have 6 each, less than a register's 8 rows.
+    "v5p-512": {"rows": 1024, "remat": "products", "data": -1, "fsdp": 64},
     # 16 x 16 chips with little memory: tokens go to groups of 4 chips, and gradients are scattered along one side first.
     "v5e-256": {"rows": 256, "remat": "full", "stage": 16, "expert": 4, "dispatch": "tokens"},
     "h100-64": {"rows": 256, "remat": "projections"},
@@ -119,7 +120,8 @@ def get_config(argument: str = "") -> ConfigDict:
         "report",
     )
     context = max(1, chips * length // (rows * 4096))  # no more: weights are sharded over the chips of the other axes
-    config.mesh = {"data": 1, "fsdp": -1, "expert": machine.get("expert", 1), "tensor": 1, "context": context}
+    config.mesh = {"data": machine.get("data", 1), "fsdp": machine.get("fsdp", -1), "tensor": 1, "context": context}
+    config.mesh.expert = machine.get("expert", 1)
     config.runtime = {"remat": machine["remat"], "scan_unroll": 1, "attention": "auto", "experts": "auto"}
     config.runtime.scatter_stage = machine.get("stage", 0)
     config.runtime.dispatch = machine.get("dispatch", "weights")

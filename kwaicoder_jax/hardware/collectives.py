@@ -1,7 +1,6 @@
 """The collectives of a compiled module: bytes on the wire, the mesh axes they go along, and what hides them."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,6 +13,7 @@ KINDS = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 PAIRWISE = ("all-to-all", "ragged-all-to-all")  # every device has other bytes for each other one
 
 
@@ -164,22 +164,32 @@ def _group(instruction: Instruction, partitions: int) -> tuple[int, ...]:
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}", text):
         all_pairs = [tuple(map(int, pair)) for pair in re.findall(r"\{?(\d+),(\d+)", pairs.group(1))]
         return next((pair for pair in all_pairs if pair[0] != pair[1]), (0,))
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text):
-        return _named_group(named.group(1), named.group(2))
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, source, order = ([int(x) for x in (part or "").split(",") if x] for part in iota.groups())
-        ids = np.arange(math.prod(source)).reshape(source)
-        ids = ids.transpose(order) if order else ids
-        return tuple(int(i) for i in ids.reshape(shape)[0])
+    if named := re.search(rf"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\({IOTA}\))?\s*\{{([^}}]*)\}}", text):
+        return _named_group(named.group(1), _iota(named.group(2), named.group(3), partitions), named.group(4))
+    if iota := re.search(rf"replica_groups=\[([\d,]+)\]<={IOTA}", text):
+        ids = _iota(iota.group(2), iota.group(3), partitions)
+        return tuple(int(i) for i in ids.reshape(_numbers(iota.group(1)))[0])
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
         return tuple(int(i) for i in listed.group(1).split(",") if i) or (0,)
+    if other := re.search(r"replica_groups=(?!\{\})\S+", text):
+        raise ValueError(f"{instruction.name}: {other.group()} is written in a form that is not known here")
     return tuple(range(partitions))
 
 
-def _named_group(mesh: str, used: str) -> tuple[int, ...]:
+def _numbers(text: str | None) -> list[int]:
+    return [int(number) for number in (text or "").split(",") if number]
+
+
+def _iota(shape: str | None, order: str | None, devices: int) -> np.ndarray:
+    """Ids in the order that [8,64]T(1,0) gives: counted in that shape, then transposed. Without a shape as they are."""
+    ids = np.arange(devices).reshape(_numbers(shape) or [devices])
+    return ids.transpose(_numbers(order)) if order else ids
+
+
+def _named_group(mesh: str, ids: np.ndarray, used: str) -> tuple[int, ...]:
     """Groups over axes of a mesh, as in 'axis_0'=4,'axis_1'=16 and 'axis_1' or 'axis_1':(4)4 (a part of the axis)."""
     sizes = {name: int(size) for name, size in re.findall(r"'?(\w+)'?=(\d+)", mesh)}
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    ids = ids.reshape(list(sizes.values()))
     index: list[slice | int] = [0] * len(sizes)
     names = list(sizes)
     picked = []

@@ -15,6 +15,7 @@ from kwaicoder_jax.models.layers import DenseMLP, RMSNorm, declare
 from kwaicoder_jax.models.moe import MoE, RouterStatistics
 from kwaicoder_jax.models.rotary import document_lengths, is_dynamic
 from kwaicoder_jax.models.statistics import COLLECTION, influence, recording, store
+from kwaicoder_jax.models.vocabulary_sharding import looked_up
 
 
 @flax.struct.dataclass
@@ -91,7 +92,7 @@ class Transformer(nn.Module):
         context = context_order.shards(inputs_BT) if cache is None else 1
         if context > 1:
             inputs_BT, positions_BT, segments_BT = map(context_order.balanced, (inputs_BT, positions_BT, segments_BT))
-        x_BTD = jnp.take(table_VD, inputs_BT, axis=0).astype(c.dtype)
+        x_BTD = looked_up(table_VD, inputs_BT, c.dtype)
         embedded_BTD = _in_time(x_BTD, context)
 
         tokens, layer_caches = Tokens(positions_BT, segments_BT, positions_BT, segments_BT, context=context), None

@@ -1,6 +1,7 @@
-"""Losses that end in the vocabulary, on a mesh: the projections come to the tokens, once, and their gradients go back once.
+"""The vocabulary on a mesh. A loss: the projections come to the tokens, once, and their gradients go back once.
 
-Left to XLA, a loop over slices of time gathers the projection and adds up its gradient over all devices in every slice.
+Left to XLA, a loop over slices of time gathers the projection and adds up its gradient over all devices in every slice,
+and an embedding's gradient is added up whole where rows are split along another axis too than channels are.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,6 +55,24 @@ def on_each_device(
     return jax.shard_map(
         local, mesh=mesh, in_specs=([rows for _ in tokens], specs), out_specs=out_specs, check_vma=False
     )(list(tokens), list(projections))
+
+
+def looked_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: str) -> jax.Array:
+    """Embeddings [B, T, D] in `dtype`. Each device looks up its channels for the tokens of all that share its rows' axis."""
+    mesh = token_mesh(tokens_BT, tokens_BT.shape[0])
+    axis = None if mesh is None else weight_axis(mesh, EMBED_AXIS, table_VD.shape[1])
+    if mesh is None or axis is None or mesh.shape[axis] == 1 or mesh.shape.get(TENSOR_AXIS, 1) > 1:
+        return jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+
+    def local(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        tokens_NT = jax.lax.all_gather(tokens_BT, axis, axis=0, tiled=True)
+        x_NTD = jnp.take(table_VD, tokens_NT, axis=0).astype(dtype)
+        return jax.lax.all_to_all(x_NTD, axis, split_axis=0, concat_axis=2, tiled=True)
+
+    rows = batch_spec(mesh)
+    return jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(None, axis), rows), out_specs=rows, check_vma=False)(
+        table_VD, tokens_BT
+    )
 
 
 def can_split(x_BTD: jax.Array, *, vocabulary: bool) -> bool:

@@ -82,6 +82,34 @@ def test_what_runs_behind_arithmetic_and_what_does_not():
     assert first.wire_bytes == 3 / 4 * 32 * 128 * 2
 
 
+@pytest.mark.parametrize(
+    ("groups", "first"),
+    [
+        ("{{0,2},{1,3}}", (0, 2)),
+        ("{}", (0, 1, 2, 3)),
+        ("[2,2]<=[4]", (0, 1)),
+        ("[2,2]<=[2,2]T(1,0)", (0, 2)),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_0'}", (0, 2)),
+        ("mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", (0, 1)),
+        ("mesh['axis_0'=2,'axis_1'=2], device_ids=([2,2]T(1,0)) {'axis_0'}", (0, 1)),
+        ("mesh['axis_0'=4] {'axis_0':(2)2}", (0, 1)),
+        ("mesh['axis_0'=4] {'axis_0':(1)2}", (0, 2)),
+    ],
+)
+def test_forms_in_which_groups_are_written(groups, first):
+    from kwaicoder_jax.hardware import collectives
+
+    text = RAGGED.replace("{{0,1},{2,3}}", groups)
+    assert {each.group for each in collectives.find(hlo.parse(text))} == {first}
+
+
+def test_groups_in_a_form_that_is_not_known():
+    from kwaicoder_jax.hardware import collectives
+
+    with pytest.raises(ValueError, match=r"there: replica_groups=rows\(2\), is written in a form"):
+        collectives.find(hlo.parse(RAGGED.replace("{{0,1},{2,3}}", "rows(2)")))
+
+
 # An exchange among pairs of four devices, as the TPU compiler writes it, shortened; another in a loop that hardly runs.
 RAGGED = """HloModule jit_step, is_scheduled=true, num_partitions=4
 
