@@ -77,5 +77,6 @@ def row_gradients(
         weight_MX=jnp.sum(dh_RF * h_RF, axis=-1),
         gate_EDF=outer(backend, x_RD, dgate_RF, sizes_E),
         up_EDF=outer(backend, x_RD, dup_RF, sizes_E),
-        down_EFD=outer(backend, (h_RF * weight_R1).astype(dtype), dy_RD, sizes_E),
+        # Like the others, with D before F: the three then lie alike for whoever scatters them along D.
+        down_EFD=outer(backend, dy_RD, (h_RF * weight_R1).astype(dtype), sizes_E).swapaxes(1, 2),
     )

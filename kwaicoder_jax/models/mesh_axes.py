@@ -4,6 +4,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 # By the names that training.mesh gives them.
@@ -114,11 +115,17 @@ _gathered.defvjp(_forward, _backward)
 
 def scattered(x: jax.Array, axis: str, dimension: int, stage: int = 0) -> jax.Array:
     """The sum over the axis, of which each device keeps its part of `dimension`; `stage` as in `gathered`."""
-    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis, scatter_dimension=dimension, tiled=True)
+    scatter = functools.partial(jax.lax.psum_scatter, axis_name=axis, tiled=True)
     devices = jax.lax.axis_size(axis)
     if not stage or stage >= devices or devices % stage:
-        return scatter(x)
+        return scatter(x, scatter_dimension=dimension)
     groups = devices // stage
     far = [[group * stage + place for group in range(groups)] for place in range(stage)]
     near = [[group * stage + place for place in range(stage)] for group in range(groups)]
-    return scatter(scatter(x, axis_index_groups=far), axis_index_groups=near)
+    part = scatter(x, scatter_dimension=dimension, axis_index_groups=far)
+    # A part of the second stage may have fewer rows than a tile, for which compilers sum the whole; not so where that
+    # dimension is outside of the tiles, for which the others stand in lines of 128.
+    rest = jnp.moveaxis(part, dimension, 0)
+    lines = rest.reshape(rest.shape[0], -1, math.gcd(math.prod(rest.shape[1:]), 128))
+    lines = scatter(lines, scatter_dimension=0, axis_index_groups=near)
+    return jnp.moveaxis(lines.reshape(-1, *rest.shape[1:]), 0, dimension)
