@@ -78,7 +78,9 @@ class Attention(nn.Module):
 
         q_BTHN = self._rotated("query", "heads", x_BTD, query_DHN, tokens)
         k_BSKN = self._rotated("key", "kv_heads", x_BTD, key_DKN, tokens)
-        v_BSKN = self._clipped(self._biased("value", "kv_heads", project(x_BTD, value_DKN, runtime=self.runtime)))
+        v_BSKN = self._clipped(
+            self._biased("value", "kv_heads", project(x_BTD, value_DKN, runtime=self.runtime, channels=0))
+        )
         q_BTHN, k_BSKN, v_BSKN = (remat.named(x, remat.HEADS) for x in (q_BTHN, k_BSKN, v_BSKN))
         if layer_cache is not None:
             layer_cache, (k_BSKN, v_BSKN) = updated(layer_cache, (k_BSKN, v_BSKN), tokens)
@@ -97,7 +99,7 @@ class Attention(nn.Module):
     def _rotated(self, name: str, axis: str, x_BTD: jax.Array, weight: jax.Array, tokens: Tokens) -> jax.Array:
         """Queries or keys: projected, normed where the model does so, rotated; in a compact call."""
         c = self.config
-        x_BTHN = self._biased(name, axis, project(x_BTD, weight, runtime=self.runtime))
+        x_BTHN = self._biased(name, axis, project(x_BTD, weight, runtime=self.runtime, channels=0))
         if c.qk_norm is not QkNorm.NONE:
             axes = ("head_dim",) if c.qk_norm is QkNorm.HEAD else (axis, "head_dim")
             x_BTHN = InnerNorm(axes, c.norm_epsilon, c.param_dtype, name=f"{name}_norm")(x_BTHN)
@@ -147,7 +149,7 @@ def write(
     module: nn.Module, config: ModelConfig, runtime: Runtime, mixed_BTHN: jax.Array, out_HND: jax.Array, tokens: Tokens
 ) -> jax.Array:
     """What the heads' outputs add to the residual stream, with their statistics; in the module's compact call."""
-    y_BTD = remat.named(project(mixed_BTHN, out_HND, 2, runtime), remat.MIXED)
+    y_BTD = remat.named(project(mixed_BTHN, out_HND, 2, runtime, channels=-1), remat.MIXED)
     if recording(module):
         mask_BT = tokens.segments_BT > 0
         record(module, "heads", jnp.linalg.norm(mixed_BTHN.astype(jnp.float32), axis=-1), mask_BT)

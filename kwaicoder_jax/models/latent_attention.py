@@ -68,13 +68,15 @@ class LatentAttention(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         if not m.q_rank:
             shape, axes = (c.model_dim, c.heads, c.head_dim), ("embed", "heads", "head_dim")
-            return project(x_BTD, declare(self, "query", shape, axes, init, c.param_dtype), runtime=self.runtime)
+            return project(
+                x_BTD, declare(self, "query", shape, axes, init, c.param_dtype), runtime=self.runtime, channels=0
+            )
         down_DQ = declare(self, "query_down", (c.model_dim, m.q_rank), ("embed", "q_latent"), init, c.param_dtype)
         shape, axes = (m.q_rank, c.heads, c.head_dim), ("q_latent", "heads", "head_dim")
         up_QHN = declare(self, "query_up", shape, axes, init, c.param_dtype)
         bias_Q = declare_bias(self, "query_down_bias", m.q_rank, "q_latent", c) if c.qkv_bias else None
         norm = InnerNorm(("q_latent",), m.norm_epsilon, c.param_dtype, name="query_down_norm")
-        latent_BTQ = norm(plus(project(x_BTD, down_DQ, runtime=self.runtime), bias_Q))
+        latent_BTQ = norm(plus(project(x_BTD, down_DQ, runtime=self.runtime, channels=0), bias_Q))
         return project(latent_BTQ, up_QHN, runtime=self.runtime)
 
     def _latents(self, x_BTD: jax.Array, m: MlaConfig, tokens: Tokens) -> tuple[jax.Array, jax.Array]:
@@ -83,7 +85,7 @@ class LatentAttention(nn.Module):
         init = nn.initializers.normal(c.initializer_range)
         down_DJ = declare(self, "kv_down", (c.model_dim, width), axes, init, c.param_dtype)
         bias_J = declare_bias(self, "kv_down_bias", width, axes[1], c) if c.qkv_bias else None
-        both_BTJ = plus(project(x_BTD, down_DJ, runtime=self.runtime), bias_J)
+        both_BTJ = plus(project(x_BTD, down_DJ, runtime=self.runtime, channels=0), bias_J)
         latent_BTR, rope_BTP = jnp.split(both_BTJ, [m.kv_rank], axis=-1)
         norm = InnerNorm(("kv_latent",), m.norm_epsilon, c.param_dtype, name="kv_down_norm")
         rope_BT1P = rotary(rope_BTP[:, :, None], tokens.positions_BT, c, tokens.lengths_BT)

@@ -7,11 +7,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from kernels.grouped_matmul import PROJECTIONS
 from kwaicoder_jax.models import quantization
 from kwaicoder_jax.models.config import ModelConfig, Runtime
-from kwaicoder_jax.models.mesh_axes import context_shares, flat, token_mesh, unflat
+from kwaicoder_jax.models.mesh_axes import (
+    EMBED_AXIS,
+    TENSOR_AXIS,
+    batch_spec,
+    context_shares,
+    flat,
+    gathered,
+    token_mesh,
+    unflat,
+    weight_axis,
+)
 from kwaicoder_jax.models.quantization import Quantization
 from kwaicoder_jax.models.remat import named
 from kwaicoder_jax.models.statistics import energy_share, record, recording, store
@@ -49,11 +60,13 @@ def plus(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def project(
-    x: jax.Array, weight: jax.Array | StoredMatrix, inner: int = 1, runtime: Runtime | None = None
-) -> jax.Array:
+    x: jax.Array, weight: jax.Array | StoredMatrix, inner: int = 1, runtime: Runtime | None = None, *,
+    channels: int | None = None,
+) -> jax.Array:  # fmt: skip
     """Contracts the last `inner` axes of `x` with the first `inner` axes of `weight`, as one product of two matrices.
 
-    In 8 bits where `runtime` says so.
+    In 8 bits where `runtime` says so. With `runtime.scatter_stage` the dimension of `weight` that has the `channels` is
+    gathered here, and its gradient scattered in stages: on machines that need stages XLA does both by sums.
 
     The naive equivalent is an einsum over [B, T, ...]; the gradient of the weight then contracts two axes at once, which
     XLA on CPU does at less than half the speed of the flat product.
@@ -64,10 +77,31 @@ def project(
     depth = math.prod(weight.shape[:inner])
     matrix_JF = weight.astype(x.dtype).reshape(depth, -1)
     mesh = token_mesh(x, outer[0]) if len(outer) == 2 else None
+    if mesh is not None and channels is not None and runtime is not None and _in_stages(mesh, runtime):
+        return _project_in_stages(mesh, x, weight, inner, runtime, channels % weight.ndim)
     if context_shares(mesh) > 1:  # a plain reshape of rows whose time is split would gather them
         y_MF = _times(flat(x, mesh).reshape(-1, depth), matrix_JF, runtime)
         return unflat(y_MF, outer[0], mesh).reshape(*outer, *last)
     return _times(x.reshape(-1, depth), matrix_JF, runtime).reshape(*outer, *last)
+
+
+def _in_stages(mesh: AbstractMesh, runtime: Runtime) -> bool:
+    return runtime.scatter_stage > 0 and context_shares(mesh) == 1 and mesh.shape.get(TENSOR_AXIS, 1) == 1
+
+
+def _project_in_stages(
+    mesh: AbstractMesh, x: jax.Array, weight: jax.Array, inner: int, runtime: Runtime, dimension: int
+) -> jax.Array:
+    axis = weight_axis(mesh, EMBED_AXIS, weight.shape[dimension])
+
+    def local(x: jax.Array, weight: jax.Array) -> jax.Array:
+        whole = gathered(weight.astype(x.dtype), axis, dimension, runtime.scatter_stage)
+        depth = math.prod(whole.shape[:inner])
+        y_MF = _times(x.reshape(-1, depth), whole.reshape(depth, -1), runtime)
+        return y_MF.reshape(*x.shape[:2], *whole.shape[inner:])
+
+    rows, spec = batch_spec(mesh), PartitionSpec(*(axis if d == dimension else None for d in range(weight.ndim)))
+    return jax.shard_map(local, mesh=mesh, in_specs=(rows, spec), out_specs=rows, check_vma=False)(x, weight)
 
 
 def _times(x_MJ: jax.Array, matrix_JF: jax.Array, runtime: Runtime | None) -> jax.Array:
@@ -132,9 +166,9 @@ class DenseMLP(nn.Module):
             wanted = (("gate_bias", self.width, self.axis), ("up_bias", self.width, self.axis))
             biases = [declare_bias(self, *one, c) for one in (*wanted, ("down_bias", c.model_dim, "embed"))]
         gate_BTF, up_BTF = (
-            plus(named(project(x_BTD, weight_DF, runtime=self.runtime), PROJECTIONS), bias)
+            plus(named(project(x_BTD, weight_DF, runtime=self.runtime, channels=0), PROJECTIONS), bias)
             for weight_DF, bias in ((gate_DF, biases[0]), (up_DF, biases[1]))
         )
         a_BTF = nn.silu(gate_BTF) * up_BTF
         record(self, "neurons", a_BTF, mask_BT)
-        return plus(project(a_BTF, down_FD, runtime=self.runtime), biases[2])
+        return plus(project(a_BTF, down_FD, runtime=self.runtime, channels=-1), biases[2])
