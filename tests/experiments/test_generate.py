@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -202,6 +203,11 @@ def test_where_the_model_is(stage, loaded, tmp_path):
         assert (found.name, found.config) == ("prune", loaded.config)
 
 
+def complaints(errors):
+    """Standard error without the progress that a busy machine's slow answer shows."""
+    return re.sub(rb"generate: \d+/\d+ tokens\n", b"", errors)
+
+
 def test_the_command(stage, tmp_path):
     """In a process: the text alone on standard output; a reader who leaves; a wrong flag."""
     start = [sys.executable, "-m", "experiments.generate", f"--checkpoint={stage}", f"--max_new_tokens={NEW}"]
@@ -209,11 +215,11 @@ def test_the_command(stage, tmp_path):
     done = subprocess.run([*start, "-"], input=b"x", stdout=subprocess.PIPE, timeout=300, **options)
     tokenizer = data.Tokenizer.from_file(stage / "tokenizer.json")
     (ids,) = expected(stage, [[0, *tokenizer.encode("x")]])
-    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, tokenizer.decode(ids), b"")
+    assert (done.returncode, done.stdout.decode(), complaints(done.stderr)) == (0, tokenizer.decode(ids), b"")
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([*start, "--prompt=x"], stdout=writer, timeout=300, **options)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert (done.returncode, complaints(done.stderr)) == (0, b"")
     done = subprocess.run([*start, "--prompt=x", "--temperature=-1"], stdout=subprocess.PIPE, timeout=300, **options)
     assert (done.returncode, done.stdout) == (2, b"")
     assert done.stderr.decode() == "error: generate.temperature: -1.0 is out of range; use 0 or more\n"
