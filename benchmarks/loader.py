@@ -103,9 +103,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rows", 64), ("length", 4096), ("streams", 64), ("steps", 32), ("workers", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--chips", default="h100,v5p", help="hosts to keep pace with; fewer needs take longer")
+    parser.add_argument(
+        "--chips", default="h100,v5p", help="of the hosts to keep pace with; slow ones take long to measure"
+    )
     parser.add_argument("--json", help="file for the rows")
     arguments = parser.parse_args()
+    if unknown := set(arguments.chips.split(",")) - set(HOSTS):
+        parser.error(f"--chips: {min(unknown)!r} is none of {', '.join(HOSTS)}")
     shape, found = Shape(arguments.rows, arguments.length, arguments.streams, arguments.workers), []
     with tempfile.TemporaryDirectory() as folder:
         data.prepare(SOURCES, Path(folder) / "corpus", vocab_size=32_000)

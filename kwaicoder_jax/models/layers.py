@@ -74,11 +74,11 @@ def project(
     if isinstance(weight, StoredMatrix):
         return weight.project(x, inner)
     outer, last = x.shape[: x.ndim - inner], weight.shape[inner:]
-    depth = math.prod(weight.shape[:inner])
-    matrix_JF = weight.astype(x.dtype).reshape(depth, -1)
     mesh = token_mesh(x, outer[0]) if len(outer) == 2 else None
     if mesh is not None and channels is not None and runtime is not None and _in_stages(mesh, runtime):
         return _project_in_stages(mesh, x, weight, inner, runtime, channels % weight.ndim)
+    depth = math.prod(weight.shape[:inner])
+    matrix_JF = weight.astype(x.dtype).reshape(depth, -1)
     if context_shares(mesh) > 1:  # a plain reshape of rows whose time is split would gather them
         y_MF = _times(flat(x, mesh).reshape(-1, depth), matrix_JF, runtime)
         return unflat(y_MF, outer[0], mesh).reshape(*outer, *last)
@@ -92,6 +92,7 @@ def _in_stages(mesh: AbstractMesh, runtime: Runtime) -> bool:
 def _project_in_stages(
     mesh: AbstractMesh, x: jax.Array, weight: jax.Array, inner: int, runtime: Runtime, dimension: int
 ) -> jax.Array:
+    """`project` of rows that the mesh splits, with a weight of which it splits that dimension."""
     axis = weight_axis(mesh, EMBED_AXIS, weight.shape[dimension])
 
     def local(x: jax.Array, weight: jax.Array) -> jax.Array:

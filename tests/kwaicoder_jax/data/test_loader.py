@@ -484,17 +484,17 @@ def test_going_on_needs_the_end_of_a_run_like_this_one(corpus):
 def test_streams_pack_in_turn(batch, streams):
     """No step but the first has to wait for more than its share of the packings, and every row is in one of them."""
     phases, share = [data.PhaseSpec(100, batch, 64, MIXTURE), data.PhaseSpec(7, batch, 64, MIXTURE)], batch // streams
-    begun = collections.Counter()
+    begun, widths = collections.Counter(), set()
     for stream in range(streams):
-        parts = loading.runs_of(phases, streams, stream)
+        parts, row = loading.runs_of(phases, streams, stream), 0
         for number, phase in enumerate(phases):
             assert sum(part.rows for part in parts if part.phase == number) == phase.steps * share
-        row = 0
         for part in (part for part in parts if part.phase == 0):
             assert part.rows % part.bins == 0
-            assert part.bins <= max(16, share)
+            widths.add(part.bins)
             for first in range(row, row + part.rows, part.bins):
                 begun[first // share] += part.bins
             row += part.rows
+    assert max(widths) == max(16, share)
     assert max(rows for step, rows in begun.items() if step) <= batch  # as many as a step takes
     assert begun[0] <= batch * (1 + 16 // share) / 2
