@@ -181,8 +181,8 @@ class Runtime:
       dispatch: a value of Dispatch.
       expert_buffer: with Dispatch.TOKENS and EXCHANGE, rows that a device works on at once, over those of even routing.
         What is beyond is done in further passes, with work done twice.
-      scatter_stage: devices among which a gradient of experts, of attention or of an MLP is scattered at a time, see
-        `mesh_axes.gathered`; 0 for all that hold a part.
+      scatter_stage: devices among which a gradient (of experts, of attention, of an MLP, of the vocabulary) is scattered at
+        a time, see `mesh_axes.gathered`; 0 for all that hold a part.
       platform: what "auto" chooses for ("cpu", "tpu", "gpu"); None for plain XLA.
       quantization: of dense projections while training, see `models.quantization`; a value of Quantization.
       quantize_gradients: whether the gradients of their inputs are computed so too.

@@ -23,14 +23,26 @@ def logits(hidden_BTD: jax.Array, projection_VD: jax.Array) -> jax.Array:
 
 
 def cross_entropy(
-    hidden_BTD: jax.Array, projection_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
+    hidden_BTD: jax.Array,
+    projection_VD: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    scatter_stage: int = 0,
 ) -> jax.Array:
     """Sum over positions of mask * (-log softmax(hidden . projection)[target]), float32, nats.
 
     The logits are made in chunks of the time axis and dropped; when a gradient is wanted, each chunk's is computed
     while its logits are there, so nothing is computed twice and no [B, T, V] array is ever live.
+
+    Args:
+      hidden_BTD: final hidden states.
+      projection_VD: from hidden states to logits.
+      targets_BT: a token for each position.
+      mask_BT: weight of each position.
+      scatter_stage: on a mesh, see `Runtime.scatter_stage`.
     """
-    return _cross_entropy(hidden_BTD, projection_VD, targets_BT, mask_BT.astype(jnp.float32))
+    return _cross_entropy(scatter_stage, hidden_BTD, projection_VD, targets_BT, mask_BT.astype(jnp.float32))
 
 
 _CHUNK = 2**22  # logits of one chunk: 16 MiB of float32, measured on CPU (half and twice as much are slower)
@@ -52,12 +64,15 @@ def _join(x_CBT: jax.Array, time: int) -> jax.Array:
 
 
 def _chunked(
-    hidden_BTD: jax.Array, projection_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *, gradients: bool
-) -> tuple[jax.Array, Any]:
+    stage: int, hidden_BTD: jax.Array, projection_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array, *,
+    gradients: bool,
+) -> tuple[jax.Array, Any]:  # fmt: skip
     """-log p of each target, [B, T]; with `gradients` also those of the masked sum by hidden and projection."""
     local = functools.partial(_on_one_device, gradients=gradients)
     tokens, projections = (hidden_BTD, targets_BT, mask_BT), (projection_VD.astype(hidden_BTD.dtype),)
-    (loss_BT, dhidden_BTD), sums = on_each_device(local, tokens, projections, sums=int(gradients))
+    (loss_BT, dhidden_BTD), sums = on_each_device(
+        local, tokens, projections, sums=int(gradients), stage=stage
+    )  # fmt: skip
     return loss_BT, (dhidden_BTD, *sums)
 
 
@@ -104,23 +119,24 @@ def _on_one_device(
     return (loss_BT, _join(dhidden_CDBt.transpose(0, 2, 3, 1), time)), [total_VD]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
-    hidden_BTD: jax.Array, projection_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
+    stage: int, hidden_BTD: jax.Array, projection_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
 ) -> jax.Array:
-    loss_BT, _ = _chunked(hidden_BTD, projection_VD, targets_BT, mask_BT, gradients=False)
+    loss_BT, _ = _chunked(stage, hidden_BTD, projection_VD, targets_BT, mask_BT, gradients=False)
     return jnp.sum(mask_BT * loss_BT)
 
 
 def _forward(
-    hidden_BTD: jax.Array, projection_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
+    stage: int, hidden_BTD: jax.Array, projection_VD: jax.Array, targets_BT: jax.Array, mask_BT: jax.Array
 ) -> tuple[jax.Array, Any]:
-    loss_BT, gradients = _chunked(hidden_BTD, projection_VD, targets_BT, mask_BT, gradients=True)
+    loss_BT, gradients = _chunked(stage, hidden_BTD, projection_VD, targets_BT, mask_BT, gradients=True)
     dtype_of_projection = jnp.zeros((), projection_VD.dtype)
     return jnp.sum(mask_BT * loss_BT), (*gradients, loss_BT, dtype_of_projection)
 
 
-def _backward(residuals: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+def _backward(stage: int, residuals: Any, scale: jax.Array) -> tuple[jax.Array, jax.Array, None, jax.Array]:
+    del stage
     dhidden_BTD, dprojection_VD, loss_BT, like = residuals
     dhidden = (dhidden_BTD * scale).astype(dhidden_BTD.dtype)
     return dhidden, (dprojection_VD * scale).astype(like.dtype), None, loss_BT * scale

@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from kwaicoder_jax.models.mesh_axes import EMBED_AXIS, TENSOR_AXIS, batch_spec, token_axes, token_mesh, weight_axis
+from kwaicoder_jax.models.mesh_axes import (
+    EMBED_AXIS,
+    TENSOR_AXIS,
+    batch_spec,
+    scattered,
+    token_axes,
+    token_mesh,
+    weight_axis,
+)
 
 # What is scattered at a time. libtpu 0.0.42 scatters an array where the tiles of a device's part are many small factors, as
 # with rows in thousands, and sums it whole elsewhere (151,936 = 128 x 1187); with few elements less memory is held.
@@ -22,7 +30,7 @@ LocalLoss = Callable[[Sequence[jax.Array], Sequence[jax.Array], str | None], tup
 
 
 def on_each_device(
-    function: LocalLoss, tokens: Sequence[jax.Array], projections: Sequence[jax.Array], *, sums: int
+    function: LocalLoss, tokens: Sequence[jax.Array], projections: Sequence[jax.Array], *, sums: int, stage: int = 0
 ) -> tuple[Any, Sequence[jax.Array]]:
     """Calls `function` with each device's tokens and the whole width of its part of the vocabulary.
 
@@ -31,6 +39,7 @@ def on_each_device(
       tokens: arrays [B, T, ...] that are split as the batch is.
       projections: matrices [V, D] in the dtype of the computation.
       sums: for how many of the projections, the first ones, `function` returns a sum.
+      stage: devices among which a sum is scattered at a time, see `mesh_axes.gathered`.
 
     Returns:
       What `function` returns: token arrays as the batch is split, and the sums (over all tokens) as the projections are.
@@ -47,7 +56,10 @@ def on_each_device(
             for x_VD, axis in zip(parts, embeds, strict=True)
         ]
         per_token, parts = function(tokens, whole, vocab)
-        return per_token, [_added_up(mesh, x_VD, axis) for x_VD, axis in zip(parts, embeds)]
+        added_up = [_added_up(mesh, x_VD, axis, stage) for x_VD, axis in zip(parts, embeds)]
+        # What goes on to the layers waits for the sums: a compiler that runs collectives alone (v5e's) would else do it
+        # last, and hold a sum of the whole width through the backward pass.
+        return jax.lax.optimization_barrier((per_token, added_up))
 
     specs = [PartitionSpec(vocab, axis) for axis in embeds]
     # check_vma would want the zeros that start the sums to be marked as varying over the mesh.
@@ -88,11 +100,11 @@ def _axes(mesh: AbstractMesh, projections: Sequence[jax.Array]) -> list[str | No
     return [vocab, *(weight_axis(mesh, EMBED_AXIS, x_VD.shape[1]) for x_VD in projections)]
 
 
-def _added_up(mesh: AbstractMesh, sum_VD: jax.Array, axis: str | None) -> jax.Array:
+def _added_up(mesh: AbstractMesh, sum_VD: jax.Array, axis: str | None, stage: int) -> jax.Array:
     """The sum over all devices' tokens; each keeps its own columns."""
     if axis is not None:
-        scattered = [jax.lax.psum_scatter(x_VD, axis, scatter_dimension=1, tiled=True) for x_VD in _slices(sum_VD)]
-        sum_VD = jnp.concatenate(scattered)[: sum_VD.shape[0]]
+        parts = [scattered(x_VD, axis, 1, stage) for x_VD in _slices(sum_VD)]
+        sum_VD = jnp.concatenate(parts)[: sum_VD.shape[0]]
     rest = tuple(each for each in token_axes(mesh) if each != axis)
     return jax.lax.psum(sum_VD, rest) if rest else sum_VD
 

@@ -97,7 +97,10 @@ def language_model_loss(
     """
     output = run_model(params, config, batch, runtime, capacity_factor=balance.capacity_factor)
     tokens = jnp.sum(batch["loss_mask"])
-    total = models.cross_entropy(output.hidden_BTD, models.projection(params), batch["targets"], batch["loss_mask"])
+    total = models.cross_entropy(
+        output.hidden_BTD, models.projection(params), batch["targets"], batch["loss_mask"],
+        scatter_stage=runtime.scatter_stage,
+    )  # fmt: skip
     cross_entropy = total / jnp.maximum(tokens, 1.0)
     metrics = {"loss": cross_entropy, "tokens": tokens}
     if output.router is None:

@@ -64,12 +64,15 @@ def test_quick(tmp_path):
     # Two float32 programs on logits of 40, whose last bit is 4e-6: what they may differ by is for float64 to say.
     assert exported["transformers_max_logit_difference"] <= 2e-4
     for ours, theirs in _distances_from_float64(workdir / "upcycle", workdir / "export_hf/model"):
-        assert ours <= 2 * theirs
+        assert ours <= 1.5 * theirs
     assert exported["transformers_same_texts"] == exported["transformers_texts"] == 3
 
 
 def _distances_from_float64(stage, exported):
-    """How far float32 logits are from the reference model's in float64, ours and those of transformers, on random rows."""
+    """How far float32 logits are from the reference model's in float64, ours and those of transformers, on random rows.
+
+    The median over positions: at a few of them the model is ill-conditioned, and rounding alone moves either by 1e-3.
+    """
     meta = checkpoints.read_meta(stage)
     config = models.ModelConfig.from_dict(meta["model"]).replace(dtype="float32")
     params = checkpoints.read_params(stage, models.abstract(config))
@@ -84,4 +87,5 @@ def _distances_from_float64(stage, exported):
         exact = testing.reference_logits(params, config, batch)
         with torch.no_grad():
             theirs = other(torch.tensor(tokens.astype(np.int64))).logits.numpy()
-        yield np.abs(testing.model_logits(params, config, batch) - exact).max(), np.abs(theirs - exact).max()
+        ours = testing.model_logits(params, config, batch)
+        yield tuple(np.median(np.abs(logits - exact).max(axis=-1)) for logits in (ours, theirs))
