@@ -1,0 +1,182 @@
+"""From a kernel's schedule and its scalar operands to its time."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from kwaicoder_jax.hardware.schedule.bundles import cycles_of_bundles, parse_allocations, parse_bundles
+from kwaicoder_jax.hardware.schedule.compilation import Dump
+from kwaicoder_jax.hardware.schedule.cores import TensorCores
+from kwaicoder_jax.hardware.schedule.machine import Machine
+from kwaicoder_jax.hardware.schedule.operations import Operand
+from kwaicoder_jax.hardware.schedule.program import Program, build
+from kwaicoder_jax.hardware.schedule.timeline import replay
+
+LATENCIES = (0.5e-6, 1.0e-6, 1.5e-6)  # seconds from the start of a copy to its first bytes: low, expected, high
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a launch of a kernel takes, predicted from the compiled schedule; nothing of it was measured.
+
+    Where both cores of a chip work, `cycles` to `mxu_share` are of the one that takes longer, the rest is of both.
+
+    Attributes:
+      seconds: until the slower core has issued its last bundle, with a copy latency of 1 us.
+      seconds_low, seconds_high: with 0.5 and 1.5 us.
+      cycles: that its bundles take, without waits for copies.
+      stall_cycles: that it waits for copies.
+      bundles: issued.
+      mxu_share: of `cycles` in which its busiest matrix unit works.
+      cores_used: that copy anything or multiply.
+      steps: executions of blocks with matrix instructions: the visited steps of a grid that has one product a step.
+      copies: by kind, as in "hbm_to_vmem", and index of the operand (-1: none, or not known).
+      bytes: the same.
+      hbm_bytes: read and written, in all.
+      hbm_seconds: that they take at full bandwidth.
+      vmem_bytes: that the kernel allocates on a core.
+      useful_flops: as given.
+      ideal_seconds: of these, at the chip's peak; None where none are given.
+      utilization: `ideal_seconds` over `seconds`.
+    """
+
+    seconds: float
+    seconds_low: float
+    seconds_high: float
+    cycles: int
+    stall_cycles: float
+    bundles: int
+    mxu_share: float
+    cores_used: int
+    steps: int
+    copies: Mapping[tuple[str, int], int]
+    bytes: Mapping[tuple[str, int], int]
+    hbm_bytes: int
+    hbm_seconds: float
+    vmem_bytes: int
+    useful_flops: float | None = None
+    ideal_seconds: float | None = None
+    utilization: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel, ready to be emulated with any values of its scalars.
+
+    Attributes:
+      name: in the compiled module.
+      cores: of the chip that it was compiled for.
+      program: its schedule.
+      vmem_bytes: that it allocates on a core.
+      core_index: address of the word that tells a core which of the two it is; None where nothing depends on it.
+    """
+
+    name: str
+    cores: TensorCores
+    program: Program
+    vmem_bytes: int
+    core_index: int | None
+
+    @property
+    def operands(self) -> Mapping[int, Operand]:
+        """By index: scalars (a grid's dynamic bounds, then prefetched ones) come before arrays."""
+        return self.program.operands
+
+    def predict(self, scalars: Mapping[int, Any] | None = None, *, useful_flops: float | None = None) -> Prediction:
+        """Emulates a launch.
+
+        Args:
+          scalars: values of the operands that control flow and copies depend on, by index: ints or int32 arrays.
+          useful_flops: of the work that was asked for, twice its multiply-adds.
+
+        Raises:
+          UnknownValueError: control flow depends on a value that is not in `scalars`.
+          DeadlockError: the kernel waits for a copy or a signal that never comes.
+        """
+        runs = [self._run(core, scalars or {}) for core in range(1 if self.core_index is None else self.cores.count)]
+        working = [run for run in runs if run.works] or runs[:1]
+        bandwidth = self.cores.hbm_bytes_per_cycle(len(working))
+        replays = {
+            latency: [replay(run.machine.events, run.cycles, latency * self.cores.clock, bandwidth) for run in working]
+            for latency in LATENCIES
+        }
+        low, seconds, high = (max(each.cycles for each in replays[latency]) / self.cores.clock for latency in LATENCIES)
+        slowest = max(range(len(working)), key=lambda place: replays[LATENCIES[1]][place].cycles)
+        run, hbm_bytes = working[slowest], sum(event.hbm_bytes for each in runs for event in each.machine.events)
+        ideal = None if useful_flops is None else useful_flops / self.cores.chip.bf16_flops
+        return Prediction(
+            seconds=seconds,
+            seconds_low=low,
+            seconds_high=high,
+            cycles=run.cycles,
+            stall_cycles=replays[LATENCIES[1]][slowest].stalled,
+            bundles=run.bundles,
+            mxu_share=self.cores.vmatmul_cycles * max(run.vmatmuls.values(), default=0) / run.cycles,
+            cores_used=len(working),
+            steps=sum(each.steps for each in runs),
+            copies=sum((each.machine.copies for each in runs), Counter()),
+            bytes=sum((each.machine.bytes for each in runs), Counter()),
+            hbm_bytes=hbm_bytes,
+            hbm_seconds=hbm_bytes / self.cores.chip.hbm_bandwidth,
+            vmem_bytes=self.vmem_bytes,
+            useful_flops=useful_flops,
+            ideal_seconds=ideal,
+            utilization=None if ideal is None else ideal / seconds,
+        )
+
+    def _run(self, core: int, scalars: Mapping[int, Any]) -> "_Run":
+        smem = {} if self.core_index is None else {self.core_index: core}
+        machine = Machine(self.operands, scalars, self.cores.hbm_step, smem)
+        return _Run(self.program, machine, self.program.run(machine))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What one core did: the machine at the end, and how many times each block was executed."""
+
+    program: Program
+    machine: Machine
+    times: list[int]
+
+    @property
+    def cycles(self) -> int:
+        return sum(times * block.cycles for block, times in self._executed())
+
+    @property
+    def bundles(self) -> int:
+        return sum(times * block.bundles for block, times in self._executed())
+
+    @property
+    def steps(self) -> int:
+        return sum(times for block, times in self._executed() if block.vmatmuls)
+
+    @property
+    def vmatmuls(self) -> Counter[str]:
+        """Matrix instructions per unit."""
+        return sum(
+            (
+                Counter({unit: times * count for unit, count in block.vmatmuls.items()})
+                for block, times in self._executed()
+            ),
+            Counter(),
+        )
+
+    @property
+    def works(self) -> bool:
+        return self.steps > 0 or any(event.hbm_bytes for event in self.machine.events)
+
+    def _executed(self) -> zip:
+        return zip(self.program.blocks, self.times, strict=True)
+
+
+def kernel_of(dump: Dump, cores: TensorCores) -> Kernel:
+    """Reads a dump; DumpError if something in it is not known here."""
+    cycles = cycles_of_bundles(dump.before_delays, dump.after_delays)
+    program = build(parse_bundles(dump.bundles), cycles)
+    allocations = parse_allocations(dump.allocations)
+    vmem = sum(each.nbytes for each in allocations if each.space == "vmem" and each.is_scoped)
+    index = next((each.name for each in allocations if each.tag.endswith("core index")), "")
+    address = program.allocations.get(index)
+    is_read = address is not None and f"{address:#x}" in program.source
+    return Kernel(dump.name, cores, program, vmem, address if is_read else None)
