@@ -1,10 +1,9 @@
 """The emulated core: scalar memory, semaphores, and a record of its copies."""
 
-import dataclasses
 import operator
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,20 +15,16 @@ _VMEM_STEP = 512  # bytes from one address to the next; copies have theirs in gr
 _LANES = 128
 
 
-class DeadlockError(ValueError):
-    """A wait for copies or signals that do not come."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """What a core did with a semaphore.
 
     Attributes:
       cycle: of the core, without any stalls.
-      kind: "start" of a copy, "wait", "signal" or "reset".
+      kind: "start" of a copy, "wait", "signal", "reset", or "remote": a signal to the core `core`.
       semaphore: its address.
       amount: that it rises by, is waited for, or is set to.
       hbm_bytes: that the copy reads and writes there.
+      core: that a remote signal goes to.
     """
 
     cycle: int
@@ -37,6 +32,7 @@ class Event:
     semaphore: int
     amount: int
     hbm_bytes: int = 0
+    core: int = 0
 
 
 class _Memory(dict[int, Any]):
@@ -108,17 +104,17 @@ class Machine:
 
     def wait(self, cycle: int, semaphore: Any, amount: Any) -> None:
         """Waits until a semaphore has risen so far."""
-        if self._semaphores[operator.index(semaphore)] < operator.index(amount):
-            risen = self._semaphores[semaphore]
-            raise DeadlockError(
-                f"at cycle {cycle} the kernel waits for {amount} at a semaphore that never rises above {risen}"
-            )
-        self.events.append(Event(cycle, "wait", semaphore, amount))
+        self.events.append(Event(cycle, "wait", operator.index(semaphore), operator.index(amount)))
 
     def signal(self, cycle: int, semaphore: Any, amount: Any) -> None:
         """Adds to a semaphore."""
         self._semaphores[operator.index(semaphore)] += operator.index(amount)
         self.events.append(Event(cycle, "signal", semaphore, amount))
+
+    def signal_remote(self, cycle: int, address: Any, amount: Any) -> None:
+        """Adds to a semaphore of a core of this chip, whose number is a part of the address."""
+        core, semaphore = operator.index(address) >> 14 & 1, address & ~(0x7 << 14)
+        self.events.append(Event(cycle, "remote", semaphore, operator.index(amount), core=core))
 
     def reset(self, cycle: int, semaphore: Any, amount: Any) -> None:
         """Sets a semaphore."""
@@ -126,7 +122,7 @@ class Machine:
         self.events.append(Event(cycle, "reset", semaphore, amount))
 
     def semaphore(self, semaphore: Any) -> int:
-        """What it stands at once all copies that were started have ended."""
+        """What it stands at once all copies that this core started have ended."""
         return self._semaphores[operator.index(semaphore)]
 
     def _operand_at(self, space: str, granule: Any) -> int:

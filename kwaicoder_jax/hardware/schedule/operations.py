@@ -1,7 +1,7 @@
 """The scalar operations of a bundle as Python statements.
 
-A core's scalar unit decides what the rest of it does: it counts loops, branches, computes addresses, starts copies and waits for
-them. So a kernel's time follows from emulating that unit alone; of the vector unit only the number of cycles counts.
+A core's scalar unit decides what the rest of it does: it counts loops, branches, computes addresses, starts copies and waits
+for them. So a kernel's time follows from emulating that unit alone; of the vector unit only the number of cycles counts.
 
 A value is a Python int between -2**31 and 2**31, as of a signed 32-bit register, or `Unknown`.
 """
@@ -80,7 +80,7 @@ class Statement:
 
 VARIABLE = r"\b(?:[spvt]\d+|ccrf)\b"
 _REFERENCE = re.compile(r"(!?)%([spv]?)(\d+)(?:_[spv]\d+)?")
-_ASSIGNMENT = re.compile(r"%(?:([spv])(\d+)(?:_([spv]\d+))?|(\d+)) = (\S+) ?(.*)$")
+_ASSIGNMENT = re.compile(r"%(?:([a-z]+)(\d+)(?:_([a-z]+\d+))?|(\d+)) = (\S+) ?(.*)$")
 _PREDICATE = re.compile(r"\((!?%p\d+(?:_p\d+)?)\),?")
 _MASK = "0xFFFFFFFF"
 
@@ -96,6 +96,7 @@ _PREDICATES = {
     "por": "{} | {}", "pand": "{} & {}", "pxor": "{} ^ {}", "pnor": "True ^ ({} | {})", "pnand": "True ^ ({} & {})",
     "pneg": "True ^ {}", "pmov": "{}",
 }  # fmt: skip
+_SIGNALS = {"vsyncadd": "signal", "vsyncadd.remote": "signal_remote", "vsyncpa": "reset"}
 _COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 # Nothing follows from these: fences, traces, and checks of what the kernel's author promised.
 _IGNORED = re.compile(r"sfence|shalt\.err|strace|sdelay|sbr\.rel|vtrace|vdelay|compiler-scheduling-barrier")
@@ -176,9 +177,9 @@ class Translator:
             return Statement(target, f"semaphore({self._value(rest)})")
         if name == "vpop.sfrf":
             return Statement(target, self._value(rest))
-        if name in ("vsyncadd", "vsyncpa") or name.startswith("vwait.ge"):
+        if name in _SIGNALS or name.startswith("vwait.ge"):
             flag, amount = (self._value(each) for each in _arguments(rest))
-            call = {"vsyncadd": "signal", "vsyncpa": "reset"}.get(name, "wait")
+            call = _SIGNALS.get(name, "wait")
             return Statement(None, f"{call}(now, {flag}, {amount})", stage=2, is_event=True)
         if name.startswith(("vsync", "vwait")):
             raise DumpError(f"a synchronisation that is not known here: {name} {rest[:200]}")

@@ -11,7 +11,7 @@ from kwaicoder_jax.hardware.schedule.cores import TensorCores
 from kwaicoder_jax.hardware.schedule.machine import Machine
 from kwaicoder_jax.hardware.schedule.operations import Operand
 from kwaicoder_jax.hardware.schedule.program import Program, build
-from kwaicoder_jax.hardware.schedule.timeline import replay
+from kwaicoder_jax.hardware.schedule.timeline import Memory, replay
 
 LATENCIES = (0.5e-6, 1.0e-6, 1.5e-6)  # seconds from the start of a copy to its first bytes: low, expected, high
 
@@ -70,6 +70,7 @@ class Kernel:
       program: its schedule.
       vmem_bytes: that it allocates on a core.
       core_index: address of the word that tells a core which of the two it is; None where nothing depends on it.
+      chip_index: addresses of words that tell it which chip it is on.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Kernel:
     program: Program
     vmem_bytes: int
     core_index: int | None
+    chip_index: tuple[int, ...]
 
     @property
     def operands(self) -> Mapping[int, Operand]:
@@ -93,27 +95,29 @@ class Kernel:
         Raises:
           UnknownValueError: control flow depends on a value that is not in `scalars`.
           DeadlockError: the kernel waits for a copy or a signal that never comes.
+          SemaphoreError: it ends without having waited for all of them.
         """
         runs = [self._run(core, scalars or {}) for core in range(1 if self.core_index is None else self.cores.count)]
-        working = [run for run in runs if run.works] or runs[:1]
-        bandwidth = self.cores.hbm_bytes_per_cycle(len(working))
-        replays = {
-            latency: [replay(run.machine.events, run.cycles, latency * self.cores.clock, bandwidth) for run in working]
+        working = sum(run.works for run in runs) or 1
+        bandwidth = self.cores.hbm_bytes_per_cycle(working)
+        stalls = [
+            replay([run.machine.events for run in runs], Memory(latency * self.cores.clock, bandwidth))
             for latency in LATENCIES
-        }
-        low, seconds, high = (max(each.cycles for each in replays[latency]) / self.cores.clock for latency in LATENCIES)
-        slowest = max(range(len(working)), key=lambda place: replays[LATENCIES[1]][place].cycles)
-        run, hbm_bytes = working[slowest], sum(event.hbm_bytes for each in runs for event in each.machine.events)
+        ]
+        ends = [[run.cycles + stall for run, stall in zip(runs, each, strict=True)] for each in stalls]
+        low, seconds, high = (max(each) / self.cores.clock for each in ends)
+        slowest = max(range(len(runs)), key=ends[1].__getitem__)
+        run, hbm_bytes = runs[slowest], sum(event.hbm_bytes for each in runs for event in each.machine.events)
         ideal = None if useful_flops is None else useful_flops / self.cores.chip.bf16_flops
         return Prediction(
             seconds=seconds,
             seconds_low=low,
             seconds_high=high,
             cycles=run.cycles,
-            stall_cycles=replays[LATENCIES[1]][slowest].stalled,
+            stall_cycles=stalls[1][slowest],
             bundles=run.bundles,
             mxu_share=self.cores.vmatmul_cycles * max(run.vmatmuls.values(), default=0) / run.cycles,
-            cores_used=len(working),
+            cores_used=working,
             steps=sum(each.steps for each in runs),
             copies=sum((each.machine.copies for each in runs), Counter()),
             bytes=sum((each.machine.bytes for each in runs), Counter()),
@@ -126,7 +130,7 @@ class Kernel:
         )
 
     def _run(self, core: int, scalars: Mapping[int, Any]) -> "_Run":
-        smem = {} if self.core_index is None else {self.core_index: core}
+        smem = dict.fromkeys(self.chip_index, 0) | ({} if self.core_index is None else {self.core_index: core})
         machine = Machine(self.operands, scalars, self.cores.hbm_step, smem)
         return _Run(self.program, machine, self.program.run(machine))
 
@@ -176,7 +180,10 @@ def kernel_of(dump: Dump, cores: TensorCores) -> Kernel:
     program = build(parse_bundles(dump.bundles), cycles)
     allocations = parse_allocations(dump.allocations)
     vmem = sum(each.nbytes for each in allocations if each.space == "vmem" and each.is_scoped)
-    index = next((each.name for each in allocations if each.tag.endswith("core index")), "")
-    address = program.allocations.get(index)
-    is_read = address is not None and f"{address:#x}" in program.source
-    return Kernel(dump.name, cores, program, vmem, address if is_read else None)
+    # The same word may have several names, of which the program reads some.
+    words = {each.tag.rpartition(" - ")[2]: [] for each in allocations}
+    for each in allocations:
+        words[each.tag.rpartition(" - ")[2]].append(program.allocations.get(each.name))
+    core, chip = (tuple(each for each in words.get(tag, []) if each) for tag in ("core index", "chip ID"))
+    is_read = any(f"{address:#x}" in program.source for address in core)
+    return Kernel(dump.name, cores, program, vmem, core[0] if is_read else None, chip)

@@ -13,6 +13,11 @@ from kwaicoder_jax.hardware.schedule.bundles import Bundle, DumpError
 from kwaicoder_jax.hardware.schedule.operations import VARIABLE, Operand, Statement, Translator
 
 _DELAY_SLOTS = 4  # bundles after a branch that are issued before it is taken
+# What of the machine the function uses.
+_MACHINE = (
+    "smem", "store", "operand", "start", "wait", "signal", "signal_remote", "reset", "semaphore", "least", "most",
+    "floating_point",
+)  # fmt: skip
 _VMATMUL = re.compile(r"= vmatmul\S*?\.mxu(\d)")
 
 
@@ -80,8 +85,8 @@ def build(bundles: Sequence[Bundle], cycles: Sequence[int]) -> Program:
         raise DumpError(f"{len(bundles)} bundles, but cycles of {len(cycles)}")
     translator = Translator()
     branches = _branches(bundles, translator)
-    starts = {0, *(place + _DELAY_SLOTS + 1 for place in branches), *(branch.target for branch in branches.values())}
-    starts = sorted(place for place in starts if place < len(bundles))
+    targets = {place + _DELAY_SLOTS + 1 for place in branches} | {branch.target for branch in branches.values()}
+    starts = sorted({0} | {place for place in targets if place < len(bundles)})
     ends = [*starts[1:], len(bundles)]
     blocks = tuple(_block(bundles, cycles, *span) for span in zip(starts, ends, strict=True))
     lines = [_lines(bundles, cycles, translator, *span) for span in zip(starts, ends, strict=True)]
@@ -197,21 +202,6 @@ def _source(
             onward = taken if branch.condition is None else f"if {branch.condition}: {taken}\nelse: {onward}"
         bodies.append([*body, *onward.splitlines()])
     return "\n".join([*head, *_choice(bodies, 0, "        ")]) + "\n"
-
-
-_MACHINE = (
-    "smem",
-    "store",
-    "operand",
-    "start",
-    "wait",
-    "signal",
-    "reset",
-    "semaphore",
-    "least",
-    "most",
-    "floating_point",
-)
 
 
 def _choice(bodies: Sequence[Sequence[str]], first: int, indent: str) -> list[str]:

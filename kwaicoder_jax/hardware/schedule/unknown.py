@@ -10,7 +10,7 @@ class UnknownValueError(ValueError):
 class Unknown:
     """Stands for such a value in the emulated core. Whatever is computed from it is unknown too.
 
-    A schedule may hold as many of them as it likes; it is an error only to decide by one: to branch, or to copy so many bytes.
+    A schedule may hold as many of them as it likes; it is an error only to decide by one: to branch, to copy so many bytes.
 
     Args:
       origin: where it comes from.
