@@ -21,8 +21,8 @@ from kwaicoder_jax.hardware.schedule.timeline import DeadlockError, SemaphoreErr
 from kwaicoder_jax.hardware.schedule.unknown import UnknownValueError
 
 __all__ = [
-    "LIBTPU_VERSION", "DeadlockError", "DumpError", "Kernel", "Operand", "Prediction", "SemaphoreError", "TensorCores", "UnknownValueError",
-    "compile_kernel", "compile_kernels", "predict", "tensor_cores",
+    "LIBTPU_VERSION", "DeadlockError", "DumpError", "Kernel", "Operand", "Prediction", "SemaphoreError", "TensorCores",
+    "UnknownValueError", "compile_kernel", "compile_kernels", "predict", "tensor_cores",
 ]  # fmt: skip
 
 

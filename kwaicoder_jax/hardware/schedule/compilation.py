@@ -88,7 +88,7 @@ def compile_text(text: str, cores: TensorCores, flags: Sequence[str] = ()) -> di
         )
         if finished.returncode:
             raise UserError(
-                f"the TPU compiler failed: {_reason(finished.stderr)}", where="schedule", remedy="see above"
+                f"the TPU compiler refuses it: {_reason(finished.stderr)}", where="schedule"
             )
         return _read(dumps)
 

@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from kwaicoder_jax.hardware.schedule.bundles import cycles_of_bundles, parse_allocations, parse_bundles
+from kwaicoder_jax.errors import UserError
+from kwaicoder_jax.hardware.schedule.bundles import Allocation, cycles_of_bundles, parse_allocations, parse_bundles
 from kwaicoder_jax.hardware.schedule.compilation import Dump
 from kwaicoder_jax.hardware.schedule.cores import TensorCores
 from kwaicoder_jax.hardware.schedule.machine import Machine
 from kwaicoder_jax.hardware.schedule.operations import Operand
-from kwaicoder_jax.hardware.schedule.program import Program, build
+from kwaicoder_jax.hardware.schedule.program import Block, Program, build
 from kwaicoder_jax.hardware.schedule.timeline import Memory, replay
 
 LATENCIES = (0.5e-6, 1.0e-6, 1.5e-6)  # seconds from the start of a copy to its first bytes: low, expected, high
@@ -69,15 +70,15 @@ class Kernel:
       cores: of the chip that it was compiled for.
       program: its schedule.
       vmem_bytes: that it allocates on a core.
-      core_index: address of the word that tells a core which of the two it is; None where nothing depends on it.
-      chip_index: addresses of words that tell it which chip it is on.
+      core_index: addresses of the word that tells a core which of the two it is; none where nothing depends on it.
+      chip_index: of the word that tells it which chip it is on.
     """
 
     name: str
     cores: TensorCores
     program: Program
     vmem_bytes: int
-    core_index: int | None
+    core_index: tuple[int, ...]
     chip_index: tuple[int, ...]
 
     @property
@@ -93,11 +94,15 @@ class Kernel:
           useful_flops: of the work that was asked for, twice its multiply-adds.
 
         Raises:
+          UserError: the kernel has no such scalars.
           UnknownValueError: control flow depends on a value that is not in `scalars`.
           DeadlockError: the kernel waits for a copy or a signal that never comes.
           SemaphoreError: it ends without having waited for all of them.
         """
-        runs = [self._run(core, scalars or {}) for core in range(1 if self.core_index is None else self.cores.count)]
+        if unknown := set(scalars or {}) - set(self.operands):
+            has = ", ".join(f"{index}: {each.shape}" for index, each in sorted(self.operands.items()))
+            raise UserError(f"{self.name} has no operands {sorted(unknown)}", where="scalars", remedy=f"it has {has}")
+        runs = [self._run(core, scalars or {}) for core in range(self.cores.count if self.core_index else 1)]
         working = sum(run.works for run in runs) or 1
         bandwidth = self.cores.hbm_bytes_per_cycle(working)
         stalls = [
@@ -130,7 +135,7 @@ class Kernel:
         )
 
     def _run(self, core: int, scalars: Mapping[int, Any]) -> "_Run":
-        smem = dict.fromkeys(self.chip_index, 0) | ({} if self.core_index is None else {self.core_index: core})
+        smem = dict.fromkeys(self.chip_index, 0) | dict.fromkeys(self.core_index, core)
         machine = Machine(self.operands, scalars, self.cores.hbm_step, smem)
         return _Run(self.program, machine, self.program.run(machine))
 
@@ -170,7 +175,7 @@ class _Run:
     def works(self) -> bool:
         return self.steps > 0 or any(event.hbm_bytes for event in self.machine.events)
 
-    def _executed(self) -> zip:
+    def _executed(self) -> Iterator[tuple[Block, int]]:
         return zip(self.program.blocks, self.times, strict=True)
 
 
@@ -180,10 +185,15 @@ def kernel_of(dump: Dump, cores: TensorCores) -> Kernel:
     program = build(parse_bundles(dump.bundles), cycles)
     allocations = parse_allocations(dump.allocations)
     vmem = sum(each.nbytes for each in allocations if each.space == "vmem" and each.is_scoped)
-    # The same word may have several names, of which the program reads some.
-    words = {each.tag.rpartition(" - ")[2]: [] for each in allocations}
-    for each in allocations:
-        words[each.tag.rpartition(" - ")[2]].append(program.allocations.get(each.name))
-    core, chip = (tuple(each for each in words.get(tag, []) if each) for tag in ("core index", "chip ID"))
+    core = _words(allocations, program, "core index")
     is_read = any(f"{address:#x}" in program.source for address in core)
-    return Kernel(dump.name, cores, program, vmem, core[0] if is_read else None, chip)
+    return Kernel(dump.name, cores, program, vmem, core if is_read else (), _words(allocations, program, "chip ID"))
+
+
+def _words(allocations: Sequence[Allocation], program: Program, tag: str) -> tuple[int, ...]:
+    """Addresses of a word of the chip's, under each of the names that the program has for it."""
+    return tuple(
+        program.allocations[each.name]
+        for each in allocations
+        if each.tag.endswith(tag) and each.name in program.allocations
+    )

@@ -40,7 +40,7 @@ class Unknown:
     __rdivmod__ = __divmod__
 
     def _fail(self) -> NoReturn:
-        raise UnknownValueError(f"the kernel's schedule depends on {self.origin}, which is not known")
+        raise UnknownValueError(f"the kernel decides by what is not known: {self.origin}")
 
     __bool__ = __index__ = _fail
 
