@@ -15,14 +15,15 @@ from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.hardware.schedule.bundles import LIBTPU_VERSION, DumpError
 from kwaicoder_jax.hardware.schedule.compilation import compile_text, lower
 from kwaicoder_jax.hardware.schedule.cores import TensorCores, tensor_cores
+from kwaicoder_jax.hardware.schedule.machine import EndlessError
 from kwaicoder_jax.hardware.schedule.operations import Operand
 from kwaicoder_jax.hardware.schedule.prediction import Kernel, Prediction, kernel_of
 from kwaicoder_jax.hardware.schedule.timeline import DeadlockError, SemaphoreError
 from kwaicoder_jax.hardware.schedule.unknown import UnknownValueError
 
 __all__ = [
-    "LIBTPU_VERSION", "DeadlockError", "DumpError", "Kernel", "Operand", "Prediction", "SemaphoreError", "TensorCores",
-    "UnknownValueError", "compile_kernel", "compile_kernels", "predict", "tensor_cores",
+    "LIBTPU_VERSION", "DeadlockError", "DumpError", "EndlessError", "Kernel", "Operand", "Prediction", "SemaphoreError", 
+    "TensorCores", "UnknownValueError", "compile_kernel", "compile_kernels", "predict", "tensor_cores",
 ]  # fmt: skip
 
 

@@ -87,9 +87,7 @@ def compile_text(text: str, cores: TensorCores, flags: Sequence[str] = ()) -> di
             timeout=_SECONDS,
         )
         if finished.returncode:
-            raise UserError(
-                f"the TPU compiler refuses it: {_reason(finished.stderr)}", where="schedule"
-            )
+            raise UserError(f"the TPU compiler refuses it: {_reason(finished.stderr)}", where="schedule")
         return _read(dumps)
 
 

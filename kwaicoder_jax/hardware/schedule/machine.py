@@ -3,7 +3,7 @@
 import operator
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from kwaicoder_jax.hardware.schedule.unknown import Unknown, least, most
 GRANULE = 32  # bytes that a copy's size is counted in
 _VMEM_STEP = 512  # bytes from one address to the next; copies have theirs in granules
 _LANES = 128
+
+
+class EndlessError(ValueError):
+    """A kernel that does not end."""
 
 
 class Event(NamedTuple):
@@ -50,6 +54,7 @@ class Machine:
       smem: words that are there before the kernel begins, as the core's index, by address.
     """
 
+    longest = 1 << 31  # cycles: more than a second
     unset = Unknown("a register that nothing has set, or what the vector unit computed")
     floating_point = Unknown("a floating-point number")
     least = staticmethod(least)
@@ -83,6 +88,10 @@ class Machine:
         if index not in self._scalars:
             return Unknown(f"operand {index}, {described.shape}: give its value in `scalars`")
         return int(self._scalars[index].item())
+
+    def give_up(self) -> NoReturn:
+        """The kernel does not end."""
+        raise EndlessError(f"the kernel goes on for more than {self.longest} cycles: one of its loops does not end")
 
     def store(self, address: Any, value: Any) -> None:
         """Writes a word of scalar memory."""

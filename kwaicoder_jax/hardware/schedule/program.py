@@ -185,7 +185,7 @@ def _source(
         *(f"    {' = '.join(names[place : place + 20])} = machine.unset" for place in range(0, len(names), 20)),
         f"    times = [0] * {len(blocks)}",
         "    block = cycle = 0",
-        "    while True:",
+        "    while cycle < machine.longest:",
     ]
     places = {block.first: number for number, block in enumerate(blocks)}
     bodies = []
@@ -201,7 +201,7 @@ def _source(
             taken = f"block = {places[branch.target]}" if branch.target in places else "return times"
             onward = taken if branch.condition is None else f"if {branch.condition}: {taken}\nelse: {onward}"
         bodies.append([*body, *onward.splitlines()])
-    return "\n".join([*head, *_choice(bodies, 0, "        ")]) + "\n"
+    return "\n".join([*head, *_choice(bodies, 0, "        "), "    machine.give_up()"]) + "\n"
 
 
 def _choice(bodies: Sequence[Sequence[str]], first: int, indent: str) -> list[str]:

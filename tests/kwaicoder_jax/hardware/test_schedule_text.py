@@ -4,7 +4,7 @@ import pytest
 
 from kwaicoder_jax.hardware.schedule import bundles
 from kwaicoder_jax.hardware.schedule.bundles import DumpError
-from kwaicoder_jax.hardware.schedule.machine import Machine
+from kwaicoder_jax.hardware.schedule.machine import EndlessError, Machine
 from kwaicoder_jax.hardware.schedule.operations import Translator
 from kwaicoder_jax.hardware.schedule.program import build
 from kwaicoder_jax.hardware.schedule.unknown import UnknownValueError
@@ -61,6 +61,12 @@ def test_a_loop_is_executed_as_often_as_its_operand_says():
     assert [event.cycle for event in machine.events[:6:3]] == [2 + 2, 2 + 39 + 2]
     assert machine.events[2].amount == -64
     assert "shalt" not in program.source
+
+
+def test_a_loop_that_does_not_end_is_an_error(monkeypatch):
+    monkeypatch.setattr(Machine, "longest", 10_000)
+    with pytest.raises(EndlessError, match="does not end"):
+        emulate(LOOP.replace("sadd.s32 1, %s5_s2", "sadd.s32 0, %s5_s2"), {0: 5})
 
 
 def test_a_loop_of_unknown_length_is_an_error_that_names_the_operand():

@@ -46,7 +46,7 @@ def test_a_wait_for_several_copies_ends_with_the_last():
 
 
 def test_waits_without_copies_are_deadlocks():
-    with pytest.raises(DeadlockError, match="at cycle 3 .* stands at 2"):
+    with pytest.raises(DeadlockError, match=r"at cycle 3 .* stands at 2"):
         replay([[copy(0, 1, 10), *awaited(3, 1, 2)]], MEMORY)
     with pytest.raises(DeadlockError):
         replay([[copy(0, 1, 10), *awaited(3, 2)]], MEMORY)
