@@ -22,7 +22,7 @@ from kwaicoder_jax.hardware.schedule.timeline import DeadlockError, SemaphoreErr
 from kwaicoder_jax.hardware.schedule.unknown import UnknownValueError
 
 __all__ = [
-    "LIBTPU_VERSION", "DeadlockError", "DumpError", "EndlessError", "Kernel", "Operand", "Prediction", "SemaphoreError", 
+    "LIBTPU_VERSION", "DeadlockError", "DumpError", "EndlessError", "Kernel", "Operand", "Prediction", "SemaphoreError",
     "TensorCores", "UnknownValueError", "compile_kernel", "compile_kernels", "predict", "tensor_cores",
 ]  # fmt: skip
 

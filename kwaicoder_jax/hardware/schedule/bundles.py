@@ -5,8 +5,9 @@ look as that version writes it.
 """
 
 import dataclasses
+import operator
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 LIBTPU_VERSION = "0.0.42"
 
@@ -110,41 +111,52 @@ def cycles_of_bundles(before: str, after: str) -> tuple[int, ...]:
 
     Bundles with nothing to do, which wait for results of earlier ones, become a delay in the bundle before them in the last
     pass, and the dump does not print it. But two tables of how much of each unit a bundle uses show it, of before that pass
-    and of after it: in the first a delay is a run of rows of zeros.
+    and of after it: in the first a delay is a run of rows of zeros. The pass also joins some bundles, of which each uses
+    other units; the joint bundle then takes as long as both.
 
     Args:
       before: the "pre-delay" table.
       after: the "final" table.
 
     Returns:
-      One number per final bundle, 1 where there is no delay.
+      One number per final bundle, 1 where there is no delay. Together they are the rows of the first table.
     """
-    wide, narrow = list(_idle_and_busy(before)), list(_idle_and_busy(after))
-    if [row for _, row in wide] != [row for _, row in narrow]:
-        raise DumpError("the tables of before and after the delays do not fit together")
+    scheduled, place = _rows(before), 0
     cycles: list[int] = []
-    for (idle_before, _), (idle_after, busy) in zip(wide, narrow, strict=True):
-        if idle_after > idle_before:
+    idle = 0
+    for row in [*_rows(after), None]:
+        if row is not None and not any(row):
+            idle += 1
+            continue
+        waited = next((each for each, used in enumerate(scheduled[place:]) if any(used)), len(scheduled) - place)
+        if waited < idle:
             raise DumpError("there are more idle bundles after the delays than before them")
-        place = max(len(cycles) - (idle_after == 0), 0)  # the first idle bundle, or else the one before
-        cycles += [1] * (idle_after + (busy is not None))
-        cycles[place] += idle_before - idle_after
+        delayed = max(len(cycles) - (idle == 0), 0)  # the first idle bundle, or else the one before
+        place += waited
+        joined = _joined(scheduled[place:], row) if row else 0
+        cycles += [1] * idle + [joined] * (row is not None)
+        cycles[delayed] += waited - idle
+        place, idle = place + joined, 0
     return tuple(cycles)
 
 
-def _idle_and_busy(table: str) -> Iterator[tuple[int, Sequence[str] | None]]:
-    """Runs of rows of zeros, each with the row that ends it; the last run has none.
+def _rows(table: str) -> list[tuple[int, ...]]:
+    """What each bundle uses.
 
     The first two columns are left out: how many matrix and cross-lane units are still occupied. The last pass counts it anew.
     """
     if "UTILIZATION:" not in table:
         raise DumpError("the dump has no table of utilisation")
-    idle = 0
-    for line in table.split("UTILIZATION:")[1].strip().splitlines():
-        row = line.split()[2:]
-        if any(each != "0" for each in row):
-            yield idle, row
-            idle = 0
-        else:
-            idle += 1
-    yield idle, None
+    return [tuple(map(int, line.split()[2:])) for line in table.split("UTILIZATION:")[1].strip().splitlines()]
+
+
+def _joined(scheduled: Sequence[tuple[int, ...]], row: tuple[int, ...]) -> int:
+    """How many of the scheduled rows are together this one."""
+    total = (0,) * len(row)
+    for count, each in enumerate(scheduled, 1):
+        total = tuple(map(operator.add, total, each))
+        if total == row:
+            return count
+        if any(map(operator.gt, total, row)):
+            break
+    raise DumpError("the tables of before and after the delays do not fit together")

@@ -148,16 +148,16 @@ class Machine:
         for place in range(address, address + words):
             self.smem.pop(place, None)
         if index in self._scalars:
-            values = _padded_words(self._scalars[index])[offset : offset + words]
+            values = _padded_words(self._scalars[index], self._declared[index])[offset : offset + words]
             self.smem.update(enumerate(values, address))
 
 
-def _padded_words(values: np.ndarray) -> list[int]:
+def _padded_words(values: np.ndarray, operand: Operand) -> list[int]:
     """As an array of int32 lies in memory: rows of 128 words."""
+    if not operand.shape.startswith(("s32", "u32")):
+        raise NotImplementedError(f"operand {operand.index}, {operand.shape}: values are known of 32-bit integers only")
     if values.ndim > 1:
         if values.shape[-1] > _LANES:
-            raise NotImplementedError(
-                f"scalars of shape {values.shape}: make them one-dimensional, or no wider than {_LANES}"
-            )
+            raise NotImplementedError(f"scalars of shape {values.shape}: not wider than {_LANES}, or one-dimensional")
         values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, _LANES - values.shape[-1])])
     return [int(each) for each in values.reshape(-1)]

@@ -84,7 +84,7 @@ class Kernel:
     @property
     def operands(self) -> Mapping[int, Operand]:
         """By index: scalars (a grid's dynamic bounds, then prefetched ones) come before arrays."""
-        return self.program.operands
+        return dict(sorted(self.program.operands.items()))
 
     def predict(self, scalars: Mapping[int, Any] | None = None, *, useful_flops: float | None = None) -> Prediction:
         """Emulates a launch.

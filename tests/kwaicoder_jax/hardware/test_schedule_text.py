@@ -101,6 +101,9 @@ def test_delays_come_from_the_tables_before_and_after():
     after = head + "\n".join(["0 0 1", "1 0 2", "0 0 0", "0 0 3"])
     assert bundles.cycles_of_bundles(before, after) == (4, 1, 2, 2)
     assert sum(bundles.cycles_of_bundles(before, before)) == 9
+    # What waits for the second unit is joined with what it waits for.
+    joined = head + "\n".join(["0 0 0 1", "0 0 1 0", "0 0 0 0", "0 0 2 0"])
+    assert bundles.cycles_of_bundles(joined, head + "0 0 1 1\n0 0 2 0\n") == (3, 1)
     with pytest.raises(DumpError, match="do not fit"):
         bundles.cycles_of_bundles(before, after.replace("3", "4"))
     with pytest.raises(DumpError, match="more idle bundles after"):
