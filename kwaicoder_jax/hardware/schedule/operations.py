@@ -33,7 +33,7 @@ class Operand:
     @property
     def nbytes(self) -> int:
         """At most so many, however it is tiled."""
-        bits, sizes = re.match(r"[a-z]*(\d*)\S*?\[([\d,]*)\]", self.shape).groups()  # type: ignore[union-attr]
+        bits, sizes = _parts(r"[a-z]*(\d*)\w*\[([\d,]*)\].*", self.shape)
         dimensions = [1, 1, *(int(each) for each in sizes.split(",") if each)]
         dimensions[-1] += -dimensions[-1] % 1024
         dimensions[-2] += -dimensions[-2] % 32
@@ -147,18 +147,13 @@ class Translator:
 
     def _memory(self, target: str, name: str, rest: str, comment: str) -> Statement | None:
         if name == "sld":
-            return Statement(target, f"smem[{self._value(_smem(rest))}]")
+            (place,) = _parts(r"\[smem:(.*)\]", rest)
+            return Statement(target, f"smem[{self._value(place)}]")
         if name == "sst":
-            place, value = re.fullmatch(r"\[smem:(.*\]?)\]\s+(\S+|\[.*\])", rest.strip()).groups()  # type: ignore[union-attr]
+            place, value = _parts(r"\[smem:(.*\]?)\]\s+(\S+|\[.*\])", rest)
             return Statement(None, f"store({self._value(place)}, {self._value(value)})", stage=2)
         if name.startswith("inlined_call_operand"):
-            operand = re.search(r"shape: (.*?), index: (\d+), kind: (\w+)", rest)
-            if operand is None:
-                raise DumpError(f"an operand that is not known here: {rest[:200]}")
-            index = int(operand.group(2))
-            space = name.removeprefix("inlined_call_operand.") if "<" not in name else ""
-            self.operands[index] = Operand(index, operand.group(1), operand.group(3), space)
-            return Statement(target, f"operand({index})")
+            return self._operand(target, name.removeprefix("inlined_call_operand."), rest)
         if name.startswith("dma.done.wait"):
             flag, amount = _arguments(rest)[:2]
             return Statement(None, f"wait(now, {self._value(flag)}, {self._value(amount)})", stage=2, is_event=True)
@@ -171,6 +166,13 @@ class Translator:
             values = ", ".join(self._value(each) for each in _arguments(rest)[:4])  # from, granules, to, semaphore
             return Statement(None, f"start(now, {copy!r}, {values})", stage=2, is_event=True)
         return None
+
+    def _operand(self, target: str, space: str, rest: str) -> Statement:
+        shape, index, kind = _parts(r".*shape: (.*?), index: (\d+), kind: (\w+).*", rest)
+        if space not in ("<no", "hbm", "vmem", "smem"):
+            raise DumpError(f"an operand in {space}, which is not known here")
+        self.operands[int(index)] = Operand(int(index), shape, kind, "" if space == "<no" else space)
+        return Statement(target, f"operand({index})")
 
     def _synchronisation(self, target: str, name: str, rest: str) -> Statement | None:
         if name == "vsyncmov":
@@ -260,11 +262,11 @@ class Translator:
         return self.allocations.setdefault(name, (len(self.allocations) << 18) + (1 << 20))
 
 
-def _smem(text: str) -> str:
-    found = re.fullmatch(r"\[smem:(.*)\]", text.strip())
+def _parts(pattern: str, text: str) -> tuple[str, ...]:
+    found = re.fullmatch(pattern, text.strip())
     if found is None:
-        raise DumpError(f"a load that is not known here: {text[:200]}")
-    return found.group(1)
+        raise DumpError(f"operands that are not known here: {text[:200]}")
+    return found.groups()
 
 
 def _arguments(text: str) -> list[str]:

@@ -154,19 +154,19 @@ def _in_order(statements: Sequence[Statement]) -> list[Statement]:
 
 def _needed(lines: list[list[_Line]], conditions: Collection[str]) -> tuple[list[list[_Line]], set[str]]:
     """Without what nothing follows from, such as checks of bounds; and the variables that go through a loop's register."""
-    setters = {each.statement.target: each.statement for block in lines for each in block if each.statement.target}
+    setters: dict[str, list[Statement]] = collections.defaultdict(list)
+    for each in (each for block in lines for each in block if each.statement.target):
+        setters[each.statement.target or ""].append(each.statement)
     wanted = {name for condition in conditions for name in re.findall(VARIABLE, condition)}
     wanted |= {name for block in lines for each in block if not each.statement.target for name in each.statement.reads}
-    open_, carried = list(wanted), set()
+    open_, carried = list(wanted), set[str]()
     while open_:
-        statement = setters.get(open_.pop())
-        if statement is None:
-            continue
-        if not statement.is_known:
-            raise DumpError(f"a scalar operation that is not known here: {statement.source}")
-        carried |= set(statement.carried)
-        open_ += statement.reads - wanted
-        wanted |= statement.reads
+        for statement in setters[open_.pop()]:
+            if not statement.is_known:
+                raise DumpError(f"a scalar operation that is not known here: {statement.source}")
+            carried |= set(statement.carried)
+            open_ += statement.reads - wanted
+            wanted |= statement.reads
     kept = [
         [each for each in block if each.statement.target is None or each.statement.target in wanted] for block in lines
     ]

@@ -89,6 +89,20 @@ def test_what_is_not_known_is_an_error(broken, message):
         emulate(broken, {0: 5})
 
 
+def test_cores_that_compare_their_places_go_on():
+    # Once at the beginning and once in the loop, each with a number of its own.
+    barrier = (
+        "%v7{0}_v0 = vmov {0}11 ;;  %7{0} = vpush.ccrf %v7{0}_v0 ;;  %v8{0}_v1 = vpop.ccrf ;;  %8{0} = vpush %v8{0}_v1"
+    )
+    check = " ;;  %s8{0}_s8 = spop %8{0} ;;  %p8{0}_p3 = scmp.ne.s32.totalorder %s8{0}_s8, {0}11 ;;  "
+    halt = "%9{0} = sst [smem:[#allocation8]] (%p8{0}_p3), %s8{0}_s8"
+    text = LOOP.replace("{ %s92_s2", "{ " + (barrier + check + halt).format(1) + " ;;  %s92_s2")
+    text = text.replace("   0xa   :  {}", "   0xa   :  { " + (barrier + check + halt).format(2) + " }")
+    program, machine, times = emulate(text, {0: 3})
+    assert times == [1, 3, 1]
+    assert program.allocations["allocation8"] not in machine.smem
+
+
 def test_what_nothing_follows_from_may_be_unknown():
     unused = LOOP.replace("   0x8   :  {}", "   0x8   :  { %s50_s9 = sfancy.s32 1, %s5_s2 }")
     assert emulate(unused, {0: 2})[2] == [1, 2, 1]
