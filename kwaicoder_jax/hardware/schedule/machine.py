@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from kwaicoder_jax.hardware.schedule.operations import Operand
-from kwaicoder_jax.hardware.schedule.unknown import Unknown, least, most
+from kwaicoder_jax.hardware.schedule.unknown import Unknown, chosen, least, most
 
 GRANULE = 32  # bytes that a copy's size is counted in
 _VMEM_STEP = 512  # bytes from one address to the next; copies have theirs in granules
@@ -57,6 +57,7 @@ class Machine:
     longest = 1 << 31  # cycles: more than a second
     unset = Unknown("a register that nothing has set, or what the vector unit computed")
     floating_point = Unknown("a floating-point number")
+    chosen = staticmethod(chosen)
     least = staticmethod(least)
     most = staticmethod(most)
 

@@ -202,7 +202,7 @@ class Translator:
                 condition, otherwise = arguments[0].strip("()").split(",")
                 chosen = arguments[1]
             yes, no, either = (self._value(each) for each in (chosen, otherwise, condition))
-            return Statement(target, f"{yes} if {either} else {no}")
+            return Statement(target, f"chosen({either}, {yes}, {no})")
         if name == "sdivrem.u32":
             left, right = (self._value(each) for each in arguments)
             return Statement(target, f"divmod({left} & {_MASK}, {right} & {_MASK})")

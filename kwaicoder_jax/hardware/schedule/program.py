@@ -15,7 +15,8 @@ from kwaicoder_jax.hardware.schedule.operations import VARIABLE, Operand, Statem
 _DELAY_SLOTS = 4  # bundles after a branch that are issued before it is taken
 # What of the machine the function uses.
 _MACHINE = (
-    "smem", "store", "operand", "start", "wait", "signal", "signal_remote", "reset", "semaphore", "least", "most",
+    "smem", "store", "operand", "start", "wait", "signal", "signal_remote", "reset", "semaphore", "chosen", "least",
+    "most",
     "floating_point",
 )  # fmt: skip
 _VMATMUL = re.compile(r"= vmatmul\S*?\.mxu(\d)")

@@ -53,3 +53,8 @@ def least(left: Any, right: Any) -> Any:
 def most(left: Any, right: Any) -> Any:
     """The larger one; unknown if one of them is."""
     return left + right if Unknown in (type(left), type(right)) else max(left, right)
+
+
+def chosen(condition: Any, yes: Any, no: Any) -> Any:
+    """One of two values; unknown if the condition is: programs choose before they know whether they need either."""
+    return condition if type(condition) is Unknown else yes if condition else no

@@ -7,7 +7,7 @@ from kwaicoder_jax.hardware.schedule.bundles import DumpError
 from kwaicoder_jax.hardware.schedule.machine import EndlessError, Machine
 from kwaicoder_jax.hardware.schedule.operations import Translator
 from kwaicoder_jax.hardware.schedule.program import build
-from kwaicoder_jax.hardware.schedule.unknown import UnknownValueError
+from kwaicoder_jax.hardware.schedule.unknown import Unknown, UnknownValueError
 
 # Copies operand 1 to VMEM in operand 0's number of pieces of 64 granules, and multiplies once a piece.
 LOOP = """= control target key start
@@ -108,6 +108,13 @@ def test_what_nothing_follows_from_may_be_unknown():
     assert emulate(unused, {0: 2})[2] == [1, 2, 1]
 
 
+def test_a_choice_by_what_is_unknown_is_unknown():
+    choice = "%s50_s9 = sld [smem:[#allocation7]] ;;  %p51_p4 = scmp.eq.s32.totalorder %s50_s9, 1"
+    select = " ;;  %s52_s9 = scalar_select %p51_p4, 2, 3 ;;  %53 = sst [smem:[#allocation8]] %s52_s9"
+    program, machine, _ = emulate(LOOP.replace("{ %s92_s2", "{ " + choice + select + " ;;  %s92_s2"), {0: 2})
+    assert isinstance(machine.smem[program.allocations["allocation8"]], Unknown)
+
+
 def test_delays_come_from_the_tables_before_and_after():
     head = "== CAPACITY:\nMXU, XLU, VALU\n== UTILIZATION:\n"
     # The first two columns say what is occupied, and differ.
@@ -163,7 +170,8 @@ def test_allocations_are_read_with_their_space():
 )
 def test_scalar_arithmetic_is_that_of_32_bits(operation, values, result):
     statement = Translator().statement(f"%s9_s9 = {operation}", "")
-    scope = {"s1": values[0], "s2": values[1], "p1": True, "least": Machine.least, "most": Machine.most}
+    functions = {name: getattr(Machine, name) for name in ("chosen", "least", "most")}
+    scope = {"s1": values[0], "s2": values[1], "p1": True} | functions
     assert eval(statement.source, scope) == result
     assert statement.target == "s9"
 
