@@ -13,17 +13,18 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import cpu, megablox, mosaic_gpu, ragged_dot, reference
+from kernels.grouped_matmul import cpu, megablox, mosaic_gpu, ragged_dot, reference, tpu
 
 
 class Backend(enum.StrEnum):
     """Which implementation computes the three products (forward, dlhs, drhs)."""
 
     AUTO = "auto"  # the best one for the platform that the computation is compiled for
+    TPU = "tpu"  # our Pallas kernels for TPU; bfloat16 and float32
     CPU = "cpu"  # loops over row tiles; compiles everywhere, fast on CPU
     REFERENCE = "reference"  # one-hot masks, float32: G times the work
     RAGGED_DOT = "ragged_dot"  # jax.lax.ragged_dot; on CPU and in drhs also G times the work
-    MEGABLOX = "megablox"  # jax's Pallas kernels for TPU
+    MEGABLOX = "megablox"  # jax's Pallas kernels for TPU; interpreted on CPU
     MOSAIC_GPU = "mosaic_gpu"  # our Pallas kernels for Hopper; bfloat16 and float16, widths that are multiples of 64
 
 
@@ -68,20 +69,24 @@ def product(
     """The forward product; dlhs with `transpose_rhs`, for which `rhs` is [G, N, K]; not differentiable."""
 
     def by(module: ModuleType) -> Callable[..., jax.Array]:
-        if transpose_rhs and module in (megablox, mosaic_gpu):  # read them as they lie
+        if transpose_rhs and module in (tpu, megablox, mosaic_gpu):  # read them as they lie
             return functools.partial(module.product, transpose_rhs=True)
         if transpose_rhs:
             return lambda lhs_MK, rhs_GNK, sizes_G: module.product(lhs_MK, rhs_GNK.swapaxes(1, 2), sizes_G)
         return module.product
 
     width = rhs_GKN.shape[1 if transpose_rhs else 2]
-    return _dispatch(backend, by, _on_gpu(lhs_MK, width), lhs_MK, rhs_GKN, group_sizes_G)
+    return _dispatch(backend, by, _on_tpu(lhs_MK), _on_gpu(lhs_MK, width), lhs_MK, rhs_GKN, group_sizes_G)
 
 
 def outer(backend: Backend, lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
     """The product drhs[g] = lhs[rows of g]^T @ dout[rows of g]: [G, K, N]; not differentiable."""
-    on_gpu = _on_gpu(lhs_MK, dout_MN.shape[1])
-    return _dispatch(backend, lambda module: module.outer, on_gpu, lhs_MK, dout_MN, group_sizes_G)
+    on_tpu, on_gpu = _on_tpu(lhs_MK), _on_gpu(lhs_MK, dout_MN.shape[1])
+    return _dispatch(backend, lambda module: module.outer, on_tpu, on_gpu, lhs_MK, dout_MN, group_sizes_G)
+
+
+def _on_tpu(lhs_MK: jax.Array) -> ModuleType:
+    return tpu if tpu.fits(lhs_MK.dtype) else ragged_dot
 
 
 def _on_gpu(lhs_MK: jax.Array, width: int) -> ModuleType:
@@ -89,6 +94,7 @@ def _on_gpu(lhs_MK: jax.Array, width: int) -> ModuleType:
 
 
 _BACKENDS = {
+    Backend.TPU: tpu,
     Backend.CPU: cpu,
     Backend.REFERENCE: reference,
     Backend.RAGGED_DOT: ragged_dot,
@@ -98,13 +104,13 @@ _BACKENDS = {
 
 
 def _dispatch(
-    backend: Backend, function_of: Callable[[ModuleType], Callable[..., jax.Array]], on_gpu: ModuleType,
-    *operands: jax.Array,
+    backend: Backend, function_of: Callable[[ModuleType], Callable[..., jax.Array]], on_tpu: ModuleType,
+    on_gpu: ModuleType, *operands: jax.Array,
 ) -> jax.Array:  # fmt: skip
     if backend is not Backend.AUTO:
         return function_of(_BACKENDS[backend])(*operands)
     return jax.lax.platform_dependent(
-        *operands, cpu=function_of(cpu), tpu=function_of(megablox), cuda=function_of(on_gpu),
+        *operands, cpu=function_of(cpu), tpu=function_of(on_tpu), cuda=function_of(on_gpu),
         default=function_of(ragged_dot),
     )  # fmt: skip
 

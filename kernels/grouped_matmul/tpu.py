@@ -5,13 +5,10 @@ Rows of no group become zero in outputs and reach nothing. bfloat16 and float32,
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels.grouped_matmul import tpu_tiles
 from kernels.grouped_matmul.tpu_outer import grouped_outer
@@ -26,7 +23,7 @@ def fits(dtype: jax.typing.DTypeLike) -> bool:
 
 def product(
     lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *,
-    transpose_rhs: bool = False, tiles: ProductTiles | None = None, chip: Chip | None = None, interpret: Any = None,
+    transpose_rhs: bool = False, tiles: ProductTiles | None = None, chip: Chip | None = None, interpret: Any = False,
 ) -> jax.Array:  # fmt: skip
     """out[m] = lhs[m] @ rhs[group of m], zero for rows of no group: [M, N] in the dtype of `lhs_MK`.
 
@@ -39,7 +36,7 @@ def product(
       transpose_rhs: see above.
       tiles: chosen by shape and chip if None.
       chip: the one that jax compiles for if None.
-      interpret: parameters of the interpreter; None for the compiler, on CPU the interpreter.
+      interpret: `pltpu.InterpretParams` to run on CPU; not under `jax.checkpoint`, and not while compiling for a chip.
     """
     here = chip or tpu_tiles.chip()
     rows, width = lhs_MK.shape[0], rhs_GKN.shape[1 if transpose_rhs else 2]
@@ -49,13 +46,15 @@ def product(
         return jnp.zeros((rows, width), lhs_MK.dtype)
     if tiles is None:
         tiles = tpu_tiles.product_tiles(lhs_MK.shape[0], rhs_GKN.shape[0], depth, wide, lhs_MK.dtype.itemsize, here)
-    call = functools.partial(grouped_product, transpose_rhs=transpose_rhs, tiles=tiles, here=here)
-    return _on_platform(call, interpret, lhs_MK, rhs_GKN, group_sizes_G)[:rows, :width]
+    out_MN = grouped_product(
+        lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs=transpose_rhs, tiles=tiles, here=here, interpret=interpret
+    )
+    return out_MN[:rows, :width]
 
 
 def outer(
     lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array, *,
-    tiles: OuterTiles | None = None, chip: Chip | None = None, interpret: Any = None,
+    tiles: OuterTiles | None = None, chip: Chip | None = None, interpret: Any = False,
 ) -> jax.Array:  # fmt: skip
     """out[g] = lhs[rows of g]^T @ dout[rows of g]: [G, K, N] in the dtype of `lhs_MK`; rows of no group are not read.
 
@@ -70,8 +69,24 @@ def outer(
     here = Chip(1, here.vmem_bytes, here.mxu) if deep % (here.cores * LANES) else here
     if tiles is None:
         tiles = tpu_tiles.outer_tiles(lhs_MK.shape[0], groups, deep, wide, lhs_MK.dtype.itemsize, here)
-    call = functools.partial(grouped_outer, tiles=tiles, here=here)
-    return _on_platform(call, interpret, lhs_MK, dout_MN, group_sizes_G)[:, :depth, :width]
+    out_GKN = grouped_outer(lhs_MK, dout_MN, group_sizes_G, tiles=tiles, here=here, interpret=interpret)
+    return out_GKN[:, :depth, :width]
+
+
+def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
+    """FLOPs and bytes of HBM that `product` executes at worst: every group begins and ends inside a tile."""
+    tiles = tpu_tiles.product_tiles(rows, groups, depth, width, itemsize, tpu_tiles.ANY_CHIP)
+    computed = rows + groups * (8 * 4 // itemsize - 1 + tiles.step_rows - 1)
+    moved = rows * (depth * (width // tiles.columns) + width) + groups * depth * width
+    return 2.0 * computed * depth * width, float(itemsize * moved)
+
+
+def outer_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
+    """The same of `outer`."""
+    tiles = tpu_tiles.outer_tiles(rows, groups, depth, width, itemsize, tpu_tiles.ANY_CHIP)
+    computed = rows + groups * (8 * 4 // itemsize - 1 + LANES - 1)
+    moved = rows * (depth * (width // tiles.columns) + width * (depth // tiles.depth)) + groups * depth * width
+    return 2.0 * computed * depth * width, float(itemsize * moved)
 
 
 def _padded(x: jax.Array, rows: int) -> jax.Array:
@@ -80,10 +95,3 @@ def _padded(x: jax.Array, rows: int) -> jax.Array:
         (0, -size % unit) for size, unit in zip(x.shape[-2:], (rows, LANES), strict=True)
     ]
     return jnp.pad(x, missing) if any(behind for _, behind in missing) else x
-
-
-def _on_platform(call: Callable[..., jax.Array], interpret: Any, *operands: jax.Array) -> jax.Array:
-    if interpret is not None:
-        return call(*operands, interpret=interpret)
-    interpreted = functools.partial(call, interpret=pltpu.InterpretParams())
-    return jax.lax.platform_dependent(*operands, cpu=interpreted, default=call)
