@@ -76,17 +76,13 @@ def product(
         return module.product
 
     width = rhs_GKN.shape[1 if transpose_rhs else 2]
-    return _dispatch(backend, by, _on_tpu(lhs_MK), _on_gpu(lhs_MK, width), lhs_MK, rhs_GKN, group_sizes_G)
+    return _dispatch(backend, by, _on_gpu(lhs_MK, width), lhs_MK, rhs_GKN, group_sizes_G)
 
 
 def outer(backend: Backend, lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
     """The product drhs[g] = lhs[rows of g]^T @ dout[rows of g]: [G, K, N]; not differentiable."""
-    on_tpu, on_gpu = _on_tpu(lhs_MK), _on_gpu(lhs_MK, dout_MN.shape[1])
-    return _dispatch(backend, lambda module: module.outer, on_tpu, on_gpu, lhs_MK, dout_MN, group_sizes_G)
-
-
-def _on_tpu(lhs_MK: jax.Array) -> ModuleType:
-    return tpu if tpu.fits(lhs_MK.dtype) else ragged_dot
+    on_gpu = _on_gpu(lhs_MK, dout_MN.shape[1])
+    return _dispatch(backend, lambda module: module.outer, on_gpu, lhs_MK, dout_MN, group_sizes_G)
 
 
 def _on_gpu(lhs_MK: jax.Array, width: int) -> ModuleType:
@@ -104,13 +100,13 @@ _BACKENDS = {
 
 
 def _dispatch(
-    backend: Backend, function_of: Callable[[ModuleType], Callable[..., jax.Array]], on_tpu: ModuleType,
-    on_gpu: ModuleType, *operands: jax.Array,
+    backend: Backend, function_of: Callable[[ModuleType], Callable[..., jax.Array]], on_gpu: ModuleType,
+    *operands: jax.Array,
 ) -> jax.Array:  # fmt: skip
     if backend is not Backend.AUTO:
         return function_of(_BACKENDS[backend])(*operands)
     return jax.lax.platform_dependent(
-        *operands, cpu=function_of(cpu), tpu=function_of(on_tpu), cuda=function_of(on_gpu),
+        *operands, cpu=function_of(cpu), tpu=function_of(megablox), cuda=function_of(on_gpu),
         default=function_of(ragged_dot),
     )  # fmt: skip
 

@@ -16,11 +16,6 @@ from kernels.grouped_matmul.tpu_product import grouped_product
 from kernels.grouped_matmul.tpu_tiles import LANES, Chip, OuterTiles, ProductTiles, sublanes
 
 
-def fits(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether the kernels take rows of this dtype."""
-    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
-
-
 def product(
     lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *,
     transpose_rhs: bool = False, tiles: ProductTiles | None = None, chip: Chip | None = None, interpret: Any = False,

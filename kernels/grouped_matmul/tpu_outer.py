@@ -87,7 +87,7 @@ def _kernel(
         return pl.ds(pl.multiple_of(core * own + place * tiles.depth, tiles.depth), tiles.depth)
 
     def columns_of(visit: Visit) -> Any:
-        place = 0 if wide == 1 else lax.rem(visit.column, jnp.int32(wide))
+        place: Any = 0 if wide == 1 else lax.rem(visit.column, jnp.int32(wide))
         return pl.ds(pl.multiple_of(place * tiles.columns, tiles.columns), tiles.columns)
 
     def in_copies(visit: Visit, slot: Any) -> tuple[Any, Any]:
@@ -117,7 +117,7 @@ def _kernel(
     outgoing = Outgoing(out_sizes_S, out_copy)
     visit, zero = walk.begin(), jnp.int32(0)
     ahead = (visit, zero)
-    for _ in range(tiles.slots - 1):
+    for _ahead in range(tiles.slots - 1):
         ahead = fetch(*ahead)
     zero_copies = _write_zeros(sizes_G, out_GKN, zero_RN, zero_done, core * own, own)
 

@@ -117,7 +117,7 @@ def _kernel(
     def _() -> None:
         rhs_copy(visit, 0).start()
 
-    for _ in range(tiles.lhs_slots - 1):
+    for _ahead in range(tiles.lhs_slots - 1):
         ahead = fetch(*ahead)
 
     def step(carry: tuple) -> tuple:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.grouped_matmul import Backend, api, grouped_matmul, tpu, tpu_tiles
+from kernels.grouped_matmul import Backend, grouped_matmul, tpu, tpu_tiles
 from kwaicoder_jax.hardware import schedule
 
 ONE_CORE, TWO_CORES = tpu_tiles.Chip(1, 2**26), tpu_tiles.Chip(2, 2**26)
@@ -19,7 +19,13 @@ CHIPS = {
     "v5e": tpu_tiles.Chip(1, 128 * 2**20), "v5p": tpu_tiles.Chip(2, 64 * 2**20),
     "v6e": tpu_tiles.Chip(1, 128 * 2**20, 256),
 }  # fmt: skip
-STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+
+
+def strict(chip):
+    """Both cores at once, where there are two."""
+    return pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=chip.cores
+    )
 
 
 def expected(lhs, rhs, sizes, dout):
@@ -37,11 +43,11 @@ def expected(lhs, rhs, sizes, dout):
 
 @functools.partial(jax.jit, static_argnames=("chip", "tiles", "outer_tiles"))
 def interpreted(lhs, rhs, sizes, dout, *, chip, tiles=None, outer_tiles=None):
-    forward = functools.partial(tpu.product, chip=chip, tiles=tiles, interpret=STRICT)
+    forward = functools.partial(tpu.product, chip=chip, tiles=tiles, interpret=strict(chip))
     return (
         forward(lhs, rhs, sizes),
-        tpu.product(dout, rhs, sizes, transpose_rhs=True, chip=chip, interpret=STRICT),
-        tpu.outer(lhs, dout, sizes, chip=chip, tiles=outer_tiles, interpret=STRICT),
+        tpu.product(dout, rhs, sizes, transpose_rhs=True, chip=chip, interpret=strict(chip)),
+        tpu.outer(lhs, dout, sizes, chip=chip, tiles=outer_tiles, interpret=strict(chip)),
     )
 
 
@@ -155,21 +161,19 @@ def test_compiled_for(chip, product):
     matrices = groups * depth * width
     # Each matrix, row and result once, but rows of a shared tile and the matrix that two cores share twice.
     assert found.hbm_bytes < 1.08 * 2 * (matrices + rows * (depth + width)) or product == "drhs"
-    least = {"v5e": (0.88, 0.85, 0.80), "v5p": (0.86, 0.84, 0.78), "v6e": (0.6, 0.5, 0.4)}
+    least = {"v5e": (0.88, 0.85, 0.80), "v5p": (0.86, 0.84, 0.78), "v6e": (0.5, 0.5, 0.4)}  # v6e: bound by HBM
     assert found.utilization > least[chip][["forward", "dlhs", "drhs"].index(product)]
 
 
-def test_auto_takes_them_on_a_tpu():
+def test_the_enum_takes_them_through_a_gradient_with_remat():
     shapes = ((64, 128), (4, 128, 128), (4,))
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes[:2]]
 
-    def loss(lhs, rhs, sizes, backend):
-        return jnp.sum(grouped_matmul(lhs, rhs, sizes, backend=backend).astype(jnp.float32))
+    def loss(lhs, rhs, sizes):
+        return jnp.sum(grouped_matmul(lhs, rhs, sizes, backend=Backend.TPU).astype(jnp.float32))
 
-    gradient = jax.jit(jax.checkpoint(jax.grad(loss, (0, 1)), static_argnums=3), static_argnums=3)
-    for backend in (Backend.AUTO, Backend.TPU):
-        traced = gradient.trace(*arrays, jax.ShapeDtypeStruct(shapes[2], jnp.int32), backend)
-        text = traced.lower(lowering_platforms=("tpu",)).as_text(debug_info=True)
-        assert "grouped_product" in text
-        assert "grouped_outer" in text
-    assert api._on_tpu(jax.ShapeDtypeStruct((8, 8), jnp.float16)).__name__.endswith("ragged_dot")
+    gradient = jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))
+    traced = gradient.trace(*arrays, jax.ShapeDtypeStruct(shapes[2], jnp.int32))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text(debug_info=True)
+    assert "grouped_product" in text
+    assert "grouped_outer" in text
