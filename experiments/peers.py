@@ -18,6 +18,8 @@ from kwaicoder_jax.errors import UserError
 
 LOST = 3  # exit status: a peer was lost, or no step ended in time
 HEAR_MILLISECONDS = 1000
+# For those who have heard to be gone: JAX aborts a process whose coordination service ends before it does.
+GONE_SECONDS = 2.0
 GRACE_SECONDS = 5.0  # for the main thread to leave by itself, before the process is ended
 
 
@@ -193,6 +195,7 @@ def leave(peers: Alone, status: int | None, why: str, lost: int = 0) -> None:
             deadline = time.monotonic() + GRACE_SECONDS + 3.0
             while len(peers.notes("heard")) < peers.count - lost and time.monotonic() < deadline:
                 time.sleep(0.1)
+            time.sleep(GONE_SECONDS)
 
 
 def end(status: int) -> None:

@@ -42,4 +42,5 @@ def get_config() -> ConfigDict:
     config.correct_teacher.steps, config.upcycle.steps = 6, 2
     config.cache_teacher.update({"top_k": 20, "dtype": "float32", "shard_steps": 3})
     config.evaluate.update({"num_samples": 1, "max_new_tokens": 4, "infilling_tasks": 4, "infilling_window": 60})
+    config.export_hf = {"dtype": "float32"}
     return config

@@ -86,6 +86,12 @@ def loss(trainable: Any, batch: Any, frozen: Any) -> Any:
     return value, {"loss": value, "tokens": jnp.asarray(48.0)}
 
 
+def never() -> np.ndarray:
+    """Longer than any test waits."""
+    time.sleep(1000)
+    return np.zeros((), np.float32)
+
+
 class Slow:
     """A step whose compilation and whose calls take as long as the environment says."""
 
@@ -94,7 +100,7 @@ class Slow:
 
     def lower(self, *arguments: Any) -> Any:
         if fault("compile"):
-            jax.pure_callback(lambda: time.sleep(1000), None)  # C code waits for it
+            jax.block_until_ready(jax.pure_callback(never, jax.ShapeDtypeStruct((), np.float32)))  # C code waits
         return Slow(self._step.lower(*arguments))
 
     def compile(self) -> Any:
