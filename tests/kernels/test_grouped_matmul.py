@@ -10,22 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.grouped_matmul import Backend, grouped_matmul
+from tests.kernels import exact
 
 # What runs on CPU; mosaic_gpu and tpu have tests of their own.
 BACKENDS = [backend for backend in Backend if backend not in (Backend.MOSAIC_GPU, Backend.TPU)]
-
-
-def _expected(lhs, rhs, sizes, dout):
-    """Output, dlhs and drhs in float64; rows behind the last group give zeros."""
-    lhs, rhs, dout = (np.asarray(array, np.float64) for array in (lhs, rhs, dout))
-    out, dlhs, drhs = np.zeros_like(dout), np.zeros_like(lhs), np.zeros_like(rhs)
-    start = 0
-    for group, size in enumerate(np.asarray(sizes)):
-        rows = slice(start, start + size)
-        out[rows], dlhs[rows] = lhs[rows] @ rhs[group], dout[rows] @ rhs[group].T
-        drhs[group] = lhs[rows].T @ dout[rows]
-        start += size
-    return out, dlhs, drhs
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -38,7 +26,7 @@ def _check(backend, sizes, rows, k=6, n=5, dtype=jnp.float32, seed=0, poison=np.
     rng = np.random.default_rng(seed)
     arrays = [rng.normal(size=shape) for shape in ((rows, k), (len(sizes), k, n), (rows, n))]
     lhs, rhs, dout = (np.array(jnp.asarray(array, dtype).astype(jnp.float32)) for array in arrays)
-    expected = _expected(lhs, rhs, sizes, dout)
+    expected = exact.products(lhs, rhs, sizes, dout)
     used = int(np.sum(sizes))
     lhs[used:], dout[used:] = poison, poison
     actual = _run(

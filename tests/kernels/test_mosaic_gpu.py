@@ -10,20 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.grouped_matmul import Backend, grouped_matmul, mosaic_gpu, mosaic_gpu_kernels, reference
-from tests.kernels import interpreted
-
-
-def expected(lhs, rhs, sizes, dout):
-    """Output, dlhs and drhs in float64; rows behind the last group give zeros."""
-    lhs, rhs, dout = (np.asarray(array, np.float64) for array in (lhs, rhs, dout))
-    out, dlhs, drhs = np.zeros_like(dout), np.zeros_like(lhs), np.zeros_like(rhs)
-    start = 0
-    for group, size in enumerate(sizes):
-        rows = slice(start, start + size)
-        out[rows], dlhs[rows] = lhs[rows] @ rhs[group], dout[rows] @ rhs[group].T
-        drhs[group] = lhs[rows].T @ dout[rows]
-        start += size
-    return out, dlhs, drhs
+from tests.kernels import exact, interpreted
 
 
 def operands(sizes, rows, depth, width):
@@ -42,7 +29,7 @@ def operands(sizes, rows, depth, width):
 )
 def test_interpreted_against_float64(sizes, rows, depth, width, monkeypatch):
     lhs, rhs, dout = operands(sizes, rows, depth, width)
-    wanted = expected(lhs, rhs, sizes, dout)
+    wanted = exact.products(lhs, rhs, sizes, dout)
     used = sum(sizes)
     lhs[used:], dout[used:] = np.nan, np.inf  # reach nothing
     lhs, rhs, dout = (jnp.asarray(x, jnp.bfloat16) for x in (lhs, rhs, dout))
@@ -102,7 +89,7 @@ def test_gradients_by_the_back_end(monkeypatch):
     monkeypatch.setattr(mosaic_gpu_kernels, "outer_product", outer)
     sizes = [20, 0, 23]
     lhs, rhs, dout = operands(sizes, 50, 192, 64)  # fewer rows than a tile has
-    wanted = expected(lhs, rhs, sizes, dout)
+    wanted = exact.products(lhs, rhs, sizes, dout)
     call = functools.partial(grouped_matmul, group_sizes_G=jnp.asarray(sizes), backend=Backend.MOSAIC_GPU)
     out, pull = jax.vjp(call, *(jnp.asarray(x, jnp.bfloat16) for x in (lhs, rhs)))
     for have, want in zip((out, *pull(jnp.asarray(dout, jnp.bfloat16))), wanted, strict=True):

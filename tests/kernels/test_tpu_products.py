@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.grouped_matmul import Backend, grouped_matmul, tpu, tpu_tiles
 from kwaicoder_jax.hardware import schedule
+from tests.kernels import exact
 
 ONE_CORE, TWO_CORES = tpu_tiles.Chip(1, 2**26), tpu_tiles.Chip(2, 2**26)
 CHIPS = {
@@ -26,19 +27,6 @@ def strict(chip):
     return pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=chip.cores
     )
-
-
-def expected(lhs, rhs, sizes, dout):
-    """Output, dlhs and drhs in float64; rows behind the last group give zeros."""
-    lhs, rhs, dout = (np.asarray(array, np.float64) for array in (lhs, rhs, dout))
-    out, dlhs, drhs = np.zeros_like(dout), np.zeros_like(lhs), np.zeros_like(rhs)
-    start = 0
-    for group, size in enumerate(sizes):
-        rows = slice(start, start + size)
-        out[rows], dlhs[rows] = lhs[rows] @ rhs[group], dout[rows] @ rhs[group].T
-        drhs[group] = lhs[rows].T @ dout[rows]
-        start += size
-    return out, dlhs, drhs
 
 
 @functools.partial(jax.jit, static_argnames=("chip", "tiles", "outer_tiles"))
@@ -55,7 +43,7 @@ def check(sizes, rows, depth=128, width=256, dtype=jnp.float32, poison=np.nan, *
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=shape) for shape in ((rows, depth), (len(sizes), depth, width), (rows, width))]
     lhs, rhs, dout = (np.array(jnp.asarray(array, dtype).astype(jnp.float32)) for array in arrays)
-    wanted = expected(lhs, rhs, sizes, dout)
+    wanted = exact.products(lhs, rhs, sizes, dout)
     used = sum(sizes)
     lhs[used:], dout[used:] = poison, poison  # reach nothing
     lhs, rhs, dout = (jnp.asarray(array, dtype) for array in (lhs, rhs, dout))

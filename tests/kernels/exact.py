@@ -1,0 +1,16 @@
+"""What every back end of the grouped matmul is held against."""
+
+import numpy as np
+
+
+def products(lhs, rhs, sizes, dout):
+    """Output, dlhs and drhs in float64, group by group; rows behind the last group give zeros."""
+    lhs, rhs, dout = (np.asarray(array, np.float64) for array in (lhs, rhs, dout))
+    out, dlhs, drhs = np.zeros_like(dout), np.zeros_like(lhs), np.zeros_like(rhs)
+    start = 0
+    for group, size in enumerate(np.asarray(sizes)):
+        rows = slice(start, start + size)
+        out[rows], dlhs[rows] = lhs[rows] @ rhs[group], dout[rows] @ rhs[group].T
+        drhs[group] = lhs[rows].T @ dout[rows]
+        start += size
+    return out, dlhs, drhs
