@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 
 from kernels import routing
 from kernels.grouped_matmul import Backend, expert_mlp
-
-# What runs on CPU.
-BACKENDS = [backend for backend in Backend if backend is not Backend.MOSAIC_GPU]
+from tests.kernels import exact
 
 
 def _dense(x_MD, weight_MX, experts_MX, gate_EDF, up_EDF, down_EFD, activation=jax.nn.silu):
@@ -63,13 +61,13 @@ def _check(backend, sizes, dtype=jnp.float32, seed=0, activation=jax.nn.silu, to
         assert np.abs(got - want).max() <= tolerance * max(np.abs(want).max(), 1e-30), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", exact.BACKENDS)
 @pytest.mark.parametrize("activation", [jax.nn.silu, jax.nn.gelu])
 def test_value_and_gradients(backend, activation):
     _check(backend, (40, 3, 6, 8, 12), activation=activation)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", exact.BACKENDS)
 def test_bfloat16(backend):
     # Two roundings of intermediate rows to bfloat16 (2^-8 each), relative to the largest entry.
     _check(backend, (40, 2, 4, 8, 12), dtype=jnp.bfloat16, tolerance=0.02)
@@ -92,7 +90,7 @@ def test_all_tokens_to_one_expert_and_large_tiles():
         assert np.abs(got - want).max() <= 2e-5 * np.abs(want).max()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", exact.BACKENDS)
 def test_pairs_of_no_group_contribute_nothing(backend):
     experts_MX, arguments, dy_MD = _arguments(3, 30, 2, 4, 8, 6)
     local = np.where(experts_MX < 2, experts_MX, 2).astype(np.int32)  # only experts 0 and 1 are here

@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 from kernels.grouped_matmul import Backend, grouped_matmul
 from tests.kernels import exact
 
-# What runs on CPU; mosaic_gpu and tpu have tests of their own.
-BACKENDS = [backend for backend in Backend if backend not in (Backend.MOSAIC_GPU, Backend.TPU)]
-
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(backend, lhs_MK, rhs_GKN, sizes_G, dout_MN):
@@ -39,7 +36,7 @@ def _check(backend, sizes, rows, k=6, n=5, dtype=jnp.float32, seed=0, poison=np.
         np.testing.assert_allclose(np.asarray(got.astype(jnp.float32)), want, err_msg=name, **tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", exact.BACKENDS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("sizes", "rows"),
@@ -71,7 +68,7 @@ def test_infinite_tail_rows_do_not_leak(backend):
     _check(backend, [40, 3], 60, poison=np.inf)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", exact.BACKENDS)
 def test_works_under_remat_and_scan(backend):
     sizes_G, rhs_LGKK = jnp.asarray([3, 0, 4], jnp.int32), jax.random.normal(jax.random.key(0), (2, 3, 4, 4))
 
