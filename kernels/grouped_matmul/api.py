@@ -28,6 +28,10 @@ class Backend(enum.StrEnum):
     MOSAIC_GPU = "mosaic_gpu"  # our Pallas kernels for Hopper; bfloat16 and float16, widths that are multiples of 64
 
 
+#: Back ends that run on one platform alone, as jax names it, and compile on no other.
+PLATFORMS = {Backend.TPU: "tpu", Backend.MOSAIC_GPU: "gpu"}
+
+
 def grouped_matmul(
     lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *, backend: Backend | str = Backend.AUTO
 ) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from kernels.grouped_matmul import tpu_tiles
 from kernels.grouped_matmul.tpu_outer import grouped_outer
 from kernels.grouped_matmul.tpu_product import grouped_product
-from kernels.grouped_matmul.tpu_tiles import LANES, Chip, OuterTiles, ProductTiles, sublanes
+from kernels.grouped_matmul.tpu_tiles import LANES, Chip, OuterTiles, ProductTiles, padded, sublanes
 
 
 def product(
@@ -32,7 +32,11 @@ def product(
       tiles: chosen by shape and chip if None.
       chip: the one that jax compiles for if None.
       interpret: `pltpu.InterpretParams` to run on CPU; not under `jax.checkpoint`, and not while compiling for a chip.
+
+    Raises:
+      ValueError: another dtype, or no tiles that fit.
     """
+    _check(lhs_MK.dtype)
     here = chip or tpu_tiles.chip()
     rows, width = lhs_MK.shape[0], rhs_GKN.shape[1 if transpose_rhs else 2]
     lhs_MK, rhs_GKN = _padded(lhs_MK, sublanes(lhs_MK.dtype)), _padded(rhs_GKN, LANES)
@@ -55,13 +59,14 @@ def outer(
 
     The last three arguments are those of `product`.
     """
+    _check(lhs_MK.dtype)
     here = chip or tpu_tiles.chip()
     (rows, depth), width, groups = lhs_MK.shape, dout_MN.shape[1], group_sizes_G.shape[0]
     if not (rows and depth and width and groups):
         return jnp.zeros((groups, depth, width), lhs_MK.dtype)
     lhs_MK, dout_MN = (_padded(x, sublanes(x.dtype)) for x in (lhs_MK, dout_MN))
     deep, wide = lhs_MK.shape[1], dout_MN.shape[1]
-    here = Chip(1, here.vmem_bytes, here.mxu) if deep % (here.cores * LANES) else here
+    here = tpu_tiles.for_outer(here, deep)
     if tiles is None:
         tiles = tpu_tiles.outer_tiles(lhs_MK.shape[0], groups, deep, wide, lhs_MK.dtype.itemsize, here)
     out_GKN = grouped_outer(lhs_MK, dout_MN, group_sizes_G, tiles=tiles, here=here, interpret=interpret)
@@ -70,18 +75,24 @@ def outer(
 
 def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
     """FLOPs and bytes of HBM that `product` executes at worst: every group begins and ends inside a tile."""
+    depth, width = padded(depth), padded(width)
     tiles = tpu_tiles.product_tiles(rows, groups, depth, width, itemsize, tpu_tiles.ANY_CHIP)
     computed = rows + groups * (8 * 4 // itemsize - 1 + tiles.step_rows - 1)
-    moved = rows * (depth * (width // tiles.columns) + width) + groups * depth * width
-    return 2.0 * computed * depth * width, float(itemsize * moved)
+    return 2.0 * computed * depth * width, float(itemsize * tiles.moved(rows, groups, depth, width))
 
 
 def outer_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
     """The same of `outer`."""
-    tiles = tpu_tiles.outer_tiles(rows, groups, depth, width, itemsize, tpu_tiles.ANY_CHIP)
+    depth, width = padded(depth), padded(width)
+    here = tpu_tiles.for_outer(tpu_tiles.ANY_CHIP, depth)
+    tiles = tpu_tiles.outer_tiles(rows, groups, depth, width, itemsize, here)
     computed = rows + groups * (8 * 4 // itemsize - 1 + LANES - 1)
-    moved = rows * (depth * (width // tiles.columns) + width * (depth // tiles.depth)) + groups * depth * width
-    return 2.0 * computed * depth * width, float(itemsize * moved)
+    return 2.0 * computed * depth * width, float(itemsize * tiles.moved(rows, groups, depth, width))
+
+
+def _check(dtype: jax.typing.DTypeLike) -> None:
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        raise ValueError(f"the TPU kernels take bfloat16 and float32, not {jnp.dtype(dtype)}")
 
 
 def _padded(x: jax.Array, rows: int) -> jax.Array:

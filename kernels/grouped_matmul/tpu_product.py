@@ -38,7 +38,7 @@ def grouped_product(
     copies = pltpu.SemaphoreType.DMA
     cost = pl.CostEstimate(
         flops=2 * rows * depth * width,
-        bytes_accessed=dtype.itemsize * (rows * (depth * (width // tiles.columns) + width) + groups * depth * width),
+        bytes_accessed=dtype.itemsize * tiles.moved(rows, groups, depth, width),
         transcendentals=0,
     )
     return pl.pallas_call(

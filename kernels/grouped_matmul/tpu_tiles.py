@@ -66,6 +66,10 @@ class ProductTiles:
     lhs_slots: int = 3
     out_slots: int = 3
 
+    def moved(self, rows: int, groups: int, depth: int, width: int) -> int:
+        """Numbers that go through HBM."""
+        return rows * (depth * (width // self.columns) + width) + groups * depth * width
+
 
 @dataclasses.dataclass(frozen=True)
 class OuterTiles:
@@ -85,6 +89,10 @@ class OuterTiles:
     block_depth: int
     slots: int = 3
 
+    def moved(self, rows: int, groups: int, depth: int, width: int) -> int:
+        """Numbers that go through HBM."""
+        return rows * (depth * (width // self.columns) + width * (depth // self.depth)) + groups * depth * width
+
 
 def product_tiles(rows: int, groups: int, depth: int, width: int, itemsize: int, here: Chip) -> ProductTiles:
     """The tiles that move fewest bytes of those that fit; depth and width are multiples of LANES.
@@ -95,18 +103,16 @@ def product_tiles(rows: int, groups: int, depth: int, width: int, itemsize: int,
     block_rows = here.mxu
     found = []
     for columns in divisors(width):
+        blocks = [block for block in divisors(columns) if depth * block <= _BODY] or [LANES]
         for most in _windows(here):
             # The compiler holds a block's result in float32.
-            held = 3 * most * (depth + columns) + 2 * depth * columns
-            if itemsize * held + 4 * block_rows * columns > _SHARE * here.vmem_bytes:
-                continue
-            moved = rows * depth * (width // columns) + groups * depth * width
-            found.append((moved, -most, columns))
+            held = 3 * most * (depth + columns) + 2 * depth * columns + LANES * width
+            if itemsize * held + 4 * block_rows * columns <= _SHARE * here.vmem_bytes:
+                tiles = ProductTiles(most, columns, block_rows, block_rows // 4, blocks[0])
+                found.append((tiles.moved(rows, groups, depth, width), -most, tiles))
     if not found:
         raise ValueError(f"no tiles of {depth} x {width} fit in {here.vmem_bytes} bytes of VMEM")
-    _, most, columns = min(found)
-    blocks = [block for block in divisors(columns) if depth * block <= _BODY] or [LANES]
-    return ProductTiles(-most, columns, block_rows, block_rows // 4, blocks[0])
+    return min(found, key=lambda each: each[:2])[-1]
 
 
 def outer_tiles(rows: int, groups: int, depth: int, width: int, itemsize: int, here: Chip) -> OuterTiles:
@@ -120,15 +126,15 @@ def outer_tiles(rows: int, groups: int, depth: int, width: int, itemsize: int, h
     for most in _OUTER_WINDOWS:
         for deep in divisors(depth // here.cores):
             for columns in divisors(width):
-                held = 3 * most * (deep + columns) + 2 * deep * columns + LANES * columns
+                blocks = [block for block in divisors(deep) if block * columns * most <= _OUTER_BODY] or [LANES]
+                held = 3 * most * (deep + columns) + 2 * deep * columns + LANES * width
                 if itemsize * held + 4 * deep * columns <= _SHARE * here.vmem_bytes:
-                    moved = rows * (depth * (width // columns) + width * (depth // deep))
-                    found.append(((most < wanted, abs(most - wanted), moved), most, deep, columns))
+                    tiles = OuterTiles(most, deep, columns, blocks[0])
+                    moved = tiles.moved(rows, groups, depth, width)
+                    found.append((most < wanted, abs(most - wanted), moved, -deep, tiles))
     if not found:
         raise ValueError(f"no tiles of {depth} x {width} fit in {here.vmem_bytes} bytes of VMEM")
-    _, most, deep, columns = min(found)
-    blocks = [block for block in divisors(deep) if block * columns * most <= _OUTER_BODY] or [LANES]
-    return OuterTiles(most, deep, columns, blocks[0])
+    return min(found, key=lambda each: each[:4])[-1]
 
 
 def _windows(here: Chip) -> list[int]:
@@ -139,6 +145,16 @@ def _windows(here: Chip) -> list[int]:
 def divisors(size: int) -> tuple[int, ...]:
     """Multiples of LANES that divide the size, largest first."""
     return tuple(size // parts for parts in range(1, size // LANES + 1) if size % (parts * LANES) == 0)
+
+
+def padded(size: int, unit: int = LANES) -> int:
+    """The size rounded up."""
+    return -(-size // unit) * unit
+
+
+def for_outer(here: Chip, depth: int) -> Chip:
+    """The chip with as many cores as divide the depth, a multiple of LANES, into whole tiles."""
+    return here if depth % (here.cores * LANES) == 0 else dataclasses.replace(here, cores=1)
 
 
 def vmem_limit(here: Chip) -> int:

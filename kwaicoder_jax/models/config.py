@@ -211,6 +211,10 @@ class Runtime:
             if getattr(self, name) not in list(allowed):
                 remedy = f"use {', '.join(allowed)}"
                 raise UserError(f"no choice {getattr(self, name)!r}", where=f"runtime.{name}", remedy=remedy)
+        needed = grouped_matmul.PLATFORMS.get(grouped_matmul.Backend(self.experts))
+        if self.platform is not None and needed not in (None, self.platform):
+            what, remedy = f"{self.experts!r} runs on {needed} alone, this is {self.platform}", "use auto"
+            raise UserError(what, where="runtime.experts", remedy=remedy)
         object.__setattr__(self, "remat", Remat(self.remat))
         object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
         object.__setattr__(self, "quantization", Quantization(self.quantization))

@@ -64,15 +64,14 @@ def test_quick(tmp_path):
     # Two float32 programs on logits of 40, whose last bit is 4e-6: what they may differ by is for float64 to say.
     assert exported["transformers_max_logit_difference"] <= 2e-4
     for ours, theirs in _distances_from_float64(workdir / "upcycle", workdir / "export_hf/model"):
-        assert ours <= 1.5 * theirs
+        assert np.median(ours) <= 1.5 * np.median(theirs)
+        # At a few positions the model is ill-conditioned: rounding has moved logits of 33 there by 2e-3 and by 5e-4.
+        assert max(ours.max(), theirs.max()) <= 1e-2
     assert exported["transformers_same_texts"] == exported["transformers_texts"] == 3
 
 
 def _distances_from_float64(stage, exported):
-    """How far float32 logits are from the reference model's in float64, ours and those of transformers, on random rows.
-
-    The median over positions: at a few of them the model is ill-conditioned, and rounding alone moves either by 1e-3.
-    """
+    """How far float32 logits are from the float64 reference, ours and those of transformers: by position of random rows."""
     meta = checkpoints.read_meta(stage)
     config = models.ModelConfig.from_dict(meta["model"]).replace(dtype="float32")
     params = checkpoints.read_params(stage, models.abstract(config))
@@ -88,4 +87,4 @@ def _distances_from_float64(stage, exported):
         with torch.no_grad():
             theirs = other(torch.tensor(tokens.astype(np.int64))).logits.numpy()
         ours = testing.model_logits(params, config, batch)
-        yield tuple(np.median(np.abs(logits - exact).max(axis=-1)) for logits in (ours, theirs))
+        yield tuple(np.abs(logits - exact).max(axis=-1) for logits in (ours, theirs))

@@ -123,6 +123,20 @@ def test_tiles_fit_and_divide():
         tpu_tiles.product_tiles(128, 1, 128, 128, 2, tpu_tiles.Chip(1, 1000))
 
 
+def test_work_is_known_of_any_width():
+    for rows, groups, depth, width in ((131_072, 64, 2048, 1408), (1024, 8, 384, 130), (100, 3, 100, 96)):
+        ideal = 2 * rows * depth * width
+        for work in (tpu.product_work, tpu.outer_work):
+            flops, nbytes = work(rows, groups, depth, width, 2)
+            assert ideal <= flops < 1.15 * ideal or groups * 128 > rows // 8
+            assert nbytes >= 2 * (groups * depth * width)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ValueError, match="bfloat16 and float32, not float16"):
+        tpu.product(jnp.ones((8, 8), jnp.float16), jnp.ones((1, 8, 8), jnp.float16), jnp.asarray([8]))
+
+
 def multinomial(rows, groups):
     return np.random.default_rng(0).multinomial(rows, [1 / groups] * groups).astype(np.int32)
 

@@ -78,14 +78,17 @@ def compile_text(text: str, cores: TensorCores, flags: Sequence[str] = ()) -> di
         module.write_text(text)
         dumps.mkdir()
         child = "kwaicoder_jax.hardware.schedule.compiler"
-        finished = subprocess.run(
-            [sys.executable, "-m", child, str(module), cores.topology],
-            env=os.environ | _environment(dumps, flags),
-            cwd=Path(__file__).parents[3],
-            capture_output=True,
-            text=True,
-            timeout=_SECONDS,
-        )
+        try:
+            finished = subprocess.run(
+                [sys.executable, "-m", child, str(module), cores.topology],
+                env=os.environ | _environment(dumps, flags),
+                cwd=Path(__file__).parents[3],
+                capture_output=True,
+                text=True,
+                timeout=_SECONDS,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise UserError(f"the TPU compiler takes more than {_SECONDS} s", where="schedule") from error
         if finished.returncode:
             raise UserError(f"the TPU compiler refuses it: {_reason(finished.stderr)}", where="schedule")
         return _read(dumps)

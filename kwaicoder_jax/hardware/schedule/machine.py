@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.hardware.schedule.operations import Operand
 from kwaicoder_jax.hardware.schedule.unknown import Unknown, chosen, least, most
 
@@ -156,9 +157,13 @@ class Machine:
 def _padded_words(values: np.ndarray, operand: Operand) -> list[int]:
     """As an array of int32 lies in memory: rows of 128 words."""
     if not operand.shape.startswith(("s32", "u32")):
-        raise NotImplementedError(f"operand {operand.index}, {operand.shape}: values are known of 32-bit integers only")
+        raise UserError(
+            f"operand {operand.index} is {operand.shape}", where="scalars", remedy="32-bit integers can be given"
+        )
     if values.ndim > 1:
         if values.shape[-1] > _LANES:
-            raise NotImplementedError(f"scalars of shape {values.shape}: not wider than {_LANES}, or one-dimensional")
+            raise UserError(
+                f"{values.shape}", where="scalars", remedy=f"one dimension, or a last one of at most {_LANES}"
+            )
         values = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, _LANES - values.shape[-1])])
     return [int(each) for each in values.reshape(-1)]

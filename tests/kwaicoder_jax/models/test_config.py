@@ -101,3 +101,13 @@ def test_router_is_given_by_value():
     assert ExpertsConfig(4, 2, 8, "sigmoid").router is Router.SIGMOID
     with pytest.raises(ValueError, match="no_such_router"):
         ExpertsConfig(4, 2, 8, "no_such_router")
+
+
+def test_back_ends_of_another_platform_are_refused():
+    for backend, platform in (("tpu", "cpu"), ("tpu", "gpu"), ("mosaic_gpu", "tpu")):
+        with pytest.raises(
+            UserError, match=rf"^runtime.experts: '{backend}' runs on \w+ alone, this is {platform}; use auto"
+        ):
+            models.Runtime(experts=backend, platform=platform)
+    models.Runtime(experts="tpu")  # for whatever platform it is compiled
+    models.Runtime(experts="tpu", platform="tpu")
