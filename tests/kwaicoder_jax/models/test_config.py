@@ -4,7 +4,7 @@ import pytest
 
 from kwaicoder_jax import testing
 from kwaicoder_jax.errors import UserError
-from kwaicoder_jax.models import ExpertsConfig, ModelConfig, Router
+from kwaicoder_jax.models import ExpertsConfig, ModelConfig, Router, Runtime
 
 CONFIGS = testing.small_configs() | testing.family_configs()
 MIXTURE = {"num_experts": 8, "experts_per_token": 3, "mlp_dim": 8}
@@ -105,9 +105,7 @@ def test_router_is_given_by_value():
 
 def test_back_ends_of_another_platform_are_refused():
     for backend, platform in (("tpu", "cpu"), ("tpu", "gpu"), ("mosaic_gpu", "tpu")):
-        with pytest.raises(
-            UserError, match=rf"^runtime.experts: '{backend}' runs on \w+ alone, this is {platform}; use auto"
-        ):
-            models.Runtime(experts=backend, platform=platform)
-    models.Runtime(experts="tpu")  # for whatever platform it is compiled
-    models.Runtime(experts="tpu", platform="tpu")
+        message = rf"^runtime.experts: '{backend}' runs on \w+ alone, this is {platform}; use auto"
+        with pytest.raises(UserError, match=message):
+            Runtime(experts=backend, platform=platform)
+    assert Runtime(experts="tpu").experts == Runtime(experts="tpu", platform="tpu").experts == "tpu"
