@@ -19,6 +19,20 @@ def rows_at(start: Any, size: Any, align: int) -> Any:
     return pl.ds(pl.multiple_of(start, align), pl.multiple_of(size, align))
 
 
+class Together(tuple):
+    """Copies that are started and awaited together."""
+
+    def start(self) -> None:
+        """Starts them."""
+        for copy in self:
+            copy.start()
+
+    def wait(self) -> None:
+        """Until all are done."""
+        for copy in self:
+            copy.wait()
+
+
 class Outgoing:
     """Copies out of a ring of buffers, each awaited before its buffer is filled again.
 
