@@ -27,7 +27,7 @@ from kernels.grouped_matmul.tpu_walk import Visit, floor_to
 ARRIVING = 4
 HELD = 4  # more than a window touches
 _INDICES = 8  # whose indices are here: they are needed before a piece's copies are started
-_TOGETHER = 8  # rows whose copies are started in one turn of a loop
+_TOGETHER = 16  # rows whose copies are started in one turn of a loop
 SCRATCHES = 5  # of `Gather`
 
 

@@ -104,7 +104,7 @@ def product_tiles(rows: int, groups: int, depth: int, width: int, itemsize: int,
     found = []
     for columns in divisors(width):
         blocks = [block for block in divisors(columns) if depth * block <= _BODY] or [LANES]
-        for most in _windows(here):
+        for most in windows(here):
             # The compiler holds a block's result in float32.
             held = 3 * most * (depth + columns) + 2 * depth * columns + LANES * width
             if itemsize * held + 4 * block_rows * columns <= _SHARE * here.vmem_bytes:
@@ -137,7 +137,8 @@ def outer_tiles(rows: int, groups: int, depth: int, width: int, itemsize: int, h
     return min(found, key=lambda each: each[:4])[-1]
 
 
-def _windows(here: Chip) -> list[int]:
+def windows(here: Chip) -> list[int]:
+    """Rows that a window may have at most, largest first."""
     return [rows for rows in (_MOST_ROWS, _MOST_ROWS // 2, _FEWEST_ROWS) if rows >= here.mxu]
 
 
