@@ -110,8 +110,8 @@ def _dispatch(
     if backend is not Backend.AUTO:
         return function_of(_BACKENDS[backend])(*operands)
     return jax.lax.platform_dependent(
-        *operands, cpu=function_of(cpu), tpu=function_of(megablox), cuda=function_of(on_gpu),
-        default=function_of(ragged_dot),
+        *operands, cpu=function_of(cpu), tpu=function_of(tpu if tpu.fits(operands[0].dtype) else megablox),
+        cuda=function_of(on_gpu), default=function_of(ragged_dot),
     )  # fmt: skip
 
 

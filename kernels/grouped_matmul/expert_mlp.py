@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import composed_mlp, cpu_mlp
+from kernels.grouped_matmul import composed_mlp, cpu_mlp, tpu_mlp
 from kernels.grouped_matmul.api import Backend
 from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved, named
 from kernels.routing import Routing, combine
@@ -90,26 +90,45 @@ def _check(arguments: Arguments, routing: Routing) -> None:
         raise ValueError(f"shapes of x, up, down, group sizes and routing are {shapes}, gate and weights need {wanted}")
 
 
-def _dispatch(
-    backend: Backend, on_cpu: Callable[..., object], otherwise: Callable[..., object], *operands: object
-) -> object:
-    if backend is Backend.AUTO:
-        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=otherwise)
-    return (on_cpu if backend is Backend.CPU else otherwise)(*operands)
-
-
 def _compute(
     backend: Backend, activation: Activation, arguments: Arguments, routing: Routing
 ) -> tuple[jax.Array, Saved]:
+    """Rows in expert order, and the projections."""
     on_cpu = functools.partial(cpu_mlp.forward, activation)
-    otherwise = functools.partial(composed_mlp.forward, backend, activation)
-    return _dispatch(backend, on_cpu, otherwise, arguments, routing)  # type: ignore[return-value]
+    composed = functools.partial(composed_mlp.forward, backend, activation)
+    return _dispatch(backend, on_cpu, composed, composed, arguments, routing)  # type: ignore[return-value]
+
+
+def _output(
+    backend: Backend, activation: Activation, keep: bool, arguments: Arguments, routing: Routing
+) -> tuple[jax.Array, Saved | None]:
+    """The layer's output, and the projections with `keep`."""
+
+    def combined(forward: Callable[..., tuple[jax.Array, Saved]]) -> Callable[..., tuple[jax.Array, Saved | None]]:
+        def call(arguments: Arguments, routing: Routing) -> tuple[jax.Array, Saved | None]:
+            rows_RD, saved = forward(arguments, routing)
+            return combine(rows_RD, arguments.weight_MX, routing), saved if keep else None
+
+        return call
+
+    on_cpu = combined(functools.partial(cpu_mlp.forward, activation))
+    composed = combined(functools.partial(composed_mlp.forward, backend, activation))
+    on_tpu = functools.partial(tpu_mlp.forward, activation, keep=keep) if tpu_mlp.fits(arguments) else composed
+    return _dispatch(backend, on_cpu, on_tpu, composed, arguments, routing)  # type: ignore[return-value]
+
+
+def _dispatch(
+    backend: Backend, on_cpu: Callable[..., object], on_tpu: Callable[..., object], composed: Callable[..., object],
+    *operands: object,
+) -> object:  # fmt: skip
+    if backend is Backend.AUTO:
+        return jax.lax.platform_dependent(*operands, cpu=on_cpu, tpu=on_tpu, default=composed)
+    return {Backend.CPU: on_cpu, Backend.TPU: on_tpu}.get(backend, composed)(*operands)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _expert_mlp(backend: Backend, activation: Activation, arguments: Arguments, routing: Routing) -> jax.Array:
-    rows_RD, _ = _compute(backend, activation, arguments, routing)
-    return combine(rows_RD, arguments.weight_MX, routing)
+    return _output(backend, activation, False, arguments, routing)[0]
 
 
 _Residuals = tuple[Arguments, Routing, Saved]
@@ -118,16 +137,18 @@ _Residuals = tuple[Arguments, Routing, Saved]
 def _forward(
     backend: Backend, activation: Activation, arguments: Arguments, routing: Routing
 ) -> tuple[jax.Array, _Residuals]:
-    rows_RD, saved = _compute(backend, activation, arguments, routing)
-    return combine(rows_RD, arguments.weight_MX, routing), (arguments, routing, named(saved))
+    y_MD, saved = _output(backend, activation, True, arguments, routing)
+    assert saved is not None
+    return y_MD, (arguments, routing, named(saved))
 
 
 def _backward(
     backend: Backend, activation: Activation, residuals: _Residuals, dy_MD: jax.Array
 ) -> tuple[Gradients, None]:
     on_cpu = functools.partial(cpu_mlp.backward, activation)
-    otherwise = functools.partial(composed_mlp.backward, backend, activation)
-    return _dispatch(backend, on_cpu, otherwise, *residuals, dy_MD), None  # type: ignore[return-value]
+    composed = functools.partial(composed_mlp.backward, backend, activation)
+    on_tpu = functools.partial(tpu_mlp.backward, activation) if tpu_mlp.fits(residuals[0]) else composed
+    return _dispatch(backend, on_cpu, on_tpu, composed, *residuals, dy_MD), None  # type: ignore[return-value]
 
 
 _expert_mlp.defvjp(_forward, _backward)

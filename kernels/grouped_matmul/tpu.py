@@ -90,8 +90,13 @@ def outer_work(rows: int, groups: int, depth: int, width: int, itemsize: int) ->
     return 2.0 * computed * depth * width, float(itemsize * tiles.moved(rows, groups, depth, width))
 
 
+def fits(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether the kernels take it."""
+    return jnp.dtype(dtype) in (jnp.bfloat16, jnp.float32)
+
+
 def _check(dtype: jax.typing.DTypeLike) -> None:
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+    if not fits(dtype):
         raise ValueError(f"the TPU kernels take bfloat16 and float32, not {jnp.dtype(dtype)}")
 
 

@@ -34,7 +34,9 @@ def rows_tiles(plan: Plan, call: Call, here: Chip) -> ProductTiles:
                 moved = call.rows * call.depth * max(call.lhs, 1) * (call.width // columns)
                 found.append((moved, -most, tiles))
     if not found:
-        raise ValueError(f"no tiles of {plan.name}, {call.depth} x {call.width}, fit in {here.vmem_bytes} bytes of VMEM")
+        raise ValueError(
+            f"no tiles of {plan.name}, {call.depth} x {call.width}, fit in {here.vmem_bytes} bytes of VMEM"
+        )
     return min(found, key=lambda each: each[:2])[-1]
 
 

@@ -38,7 +38,9 @@ def packed(x_MD: jax.Array) -> jax.Array:
     """
     if x_MD.dtype.itemsize == 4:
         return x_MD[:, None]
-    lower, upper = (lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in jnp.split(x_MD, 2, axis=1))
+    lower, upper = (
+        lax.bitcast_convert_type(half, jnp.uint16).astype(jnp.uint32) for half in jnp.split(x_MD, 2, axis=1)
+    )
     return (lower | (upper << 16))[:, None]
 
 
@@ -97,7 +99,8 @@ class Gather:
         self._state[0] = 0  # pieces whose copies were started
         self._state[1] = 0  # pieces that were taken
         for number in range(_INDICES):
-            pl.when(number < self._total)(lambda number=number: self._index_copy(jnp.int32(number)).start())
+            copy = self._index_copy(jnp.int32(number))
+            pl.when(number < self._total)(copy.start)
         for number in range(ARRIVING):
             pl.when(number < self._total)(self.start)
 

@@ -68,7 +68,6 @@ def grad_in_plan(activation: Activation, dtype: Any) -> Plan:
         parts: Sequence[jax.Array], beside: Sequence[jax.Array], of_rows: Sequence[jax.Array]
     ) -> list[jax.Array]:
         (dh,), (weight,) = parts, of_rows
-        dh = dh.astype(dtype).astype(jnp.float32)
         h, pull = jax.vjp(functools.partial(gated, activation), *beside)
         weight = jnp.concatenate([weight] * (dh.shape[1] // LANES), axis=1)
         dgate, dup = pull(dh * weight)
@@ -93,7 +92,17 @@ def _rows(
     )  # fmt: skip
     tiles: ProductTiles = how.pop("tiles", None) or tpu_fused_tiles.rows_tiles(plan, call, here)
     return grouped_rows(
-        lhs, rhs, sizes_E, plan, width=width, beside=beside, of_rows=of_rows, index_M=index_R, tiles=tiles, here=here, **how
+        lhs,
+        rhs,
+        sizes_E,
+        plan,
+        width=width,
+        beside=beside,
+        of_rows=of_rows,
+        index_M=index_R,
+        tiles=tiles,
+        here=here,
+        **how,
     )
 
 

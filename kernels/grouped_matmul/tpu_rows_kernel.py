@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,12 @@ class _Refs:
         self.gather = take(tpu_gather.SCRATCHES + 1 if call.gathered else 0)
         self.lhs_held = take(0 if call.gathered else call.lhs)
         self.beside_held, self.of_rows_held = take(call.beside), take(call.of_rows)
-        self.rhs_held, self.outs_held, self.shared, self.zeros = take(len(plan.held)), take(outs), take(outs), take(outs)
+        self.rhs_held, self.outs_held, self.shared, self.zeros = (
+            take(len(plan.held)),
+            take(outs),
+            take(outs),
+            take(outs),
+        )
         self.rows_done_S, self.rhs_done_S, self.out_done_S, self.zero_done = take(4)
 
 
@@ -139,7 +144,7 @@ def kernel(sizes_G: Any, *references: Any, plan: Plan, call: Call, tiles: Produc
             held_rows.hold(visit, end)
         copies.rows(visit, rows_slot).wait()
         outgoing.wait(out_slot)
-        block = _Block(plan, tiles, refs, rows_slot, out_slot, held_rows, lambda row: held_rows.place(visit, start + row))
+        block = _Block(plan, tiles, refs, rows_slot, out_slot, held_rows, visit, start)
         _multiply(block, size, rhs_slot)
         written = size
         for held, shared in zip(refs.outs_held, refs.shared, strict=True):
@@ -189,7 +194,13 @@ class _Block:
     rows_slot: Any
     out_slot: Any
     held_rows: tpu_gather.HeldRows | None
-    place: Callable[[Any], Any]
+    visit: Visit
+    start: Any
+
+    def place(self, row: Any) -> Any:
+        """Where a row of the window stands among the gathered ones."""
+        assert self.held_rows is not None
+        return pl.multiple_of(self.held_rows.place(self.visit, self.start + row), self.refs.shared[0].shape[0])
 
     def compute(self, first: Any, lhs_first: Any, count: int, column: Any, rhs_slot: Any) -> None:
         """The outputs of `count` rows of the window and a block of columns."""
@@ -224,12 +235,12 @@ class _Block:
 def _multiply(block: _Block, rows: Any, slot: Any) -> None:
     """The outputs of the first `rows` rows of a window, rounded up to a multiple of `step_rows`."""
     tiles, held_rows = block.tiles, block.held_rows
-    wide, most, align = tiles.block_columns, tiles.block_rows, block.refs.shared[0].shape[0]
+    wide, most = tiles.block_columns, tiles.block_rows
     pieces = tiles.columns // wide
 
     def piece(first: Any, count: int, slot: Any = slot, coming: tpu_gather.Coming | None = None) -> None:
         first = pl.multiple_of(first, most)
-        lhs_first = None if held_rows is None else pl.multiple_of(block.place(first), align)
+        lhs_first = None if held_rows is None else block.place(first)
         each = 0 if held_rows is None else held_rows.gather.piece // pieces
 
         def with_columns(number: Any) -> None:
@@ -250,12 +261,15 @@ def _multiply(block: _Block, rows: Any, slot: Any) -> None:
         if held_rows is None:
             piece(number * most, most)
             return
-        has_room = held_rows.gather.has_room()
+        gather = held_rows.gather
+        has_room = gather.has_room()
+
+        def with_copies(static: int) -> None:
+            piece(number * most, most, static, gather.next())
+
         for static in range(2):
             # The compiler mixes no copies with reads at an address it does not know: a piece of code for each slot.
-            pl.when(has_room & (slot == static))(
-                lambda static=static: piece(number * most, most, static, held_rows.gather.next())
-            )
+            pl.when(has_room & (slot == static))(functools.partial(with_copies, static))
         pl.when(jnp.logical_not(has_room))(lambda: piece(number * most, most))
 
     step = tiles.step_rows
