@@ -63,6 +63,7 @@ def outer_product(
                         _keep_rows(dout_smem, lambda row: row < behind)
 
                     plgpu.wgmma(acc, plgpu.transpose_ref(lhs_smem, (1, 0)), dout_smem)
+                    plgpu.wgmma_wait(1)  # the tiles of the step before are copied over next (delay_release)
 
                 @pl.when(steps > 0)
                 def _() -> None:

@@ -78,6 +78,7 @@ def _accumulate(lhs: Any, matrix: Any, column: Any, depth: int, transpose_rhs: b
 
     def step(_: Any, lhs_smem: Any, rhs_smem: Any) -> None:
         plgpu.wgmma(acc, lhs_smem, plgpu.transpose_ref(rhs_smem, (1, 0)) if transpose_rhs else rhs_smem)
+        plgpu.wgmma_wait(1)  # the tiles of the step before are copied over next (delay_release)
 
     right = (width_tile, DEPTH) if transpose_rhs else (DEPTH, width_tile)
     plgpu.emit_pipeline(

@@ -159,3 +159,12 @@ def test_the_work_is_that_of_random_groups():
     flops, moved = gpu.outer_work(rows, groups, depth, width, 2)
     assert flops == pytest.approx(2 * np.mean(steps) * depth * width, rel=0.01)
     assert moved >= 2 * (rows * (depth + width) + groups * depth * width)
+
+
+@pytest.mark.parametrize("product", ["forward", "drhs"])
+def test_a_tile_is_not_copied_over_while_it_is_multiplied(product):
+    """Interpreted products are not asynchronous; on the GPU the loop has to wait for those of the step before."""
+    lhs, rhs = jnp.zeros((128, 128), jnp.bfloat16), jnp.zeros((2, 128, 64), jnp.bfloat16)
+    call = {"forward": gpu.product, "drhs": gpu.outer}[product]
+    text = str(jax.make_jaxpr(call)(lhs, rhs if product == "forward" else lhs, jnp.asarray([64, 64])))
+    assert text.count("wgmma_wait") == 1
