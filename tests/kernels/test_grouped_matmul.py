@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.grouped_matmul import Backend, grouped_matmul
+from kernels.grouped_matmul import Backend, cpu, grouped_matmul
 from tests.kernels import exact
 
 
@@ -61,6 +61,24 @@ def test_cpu_loops_for_any_group_sizes(data):
     size = st.one_of(st.just(0), st.integers(0, 40), st.sampled_from([32, 64, 127, 128, 129, 160, 512, 550]))
     ends = np.minimum(np.cumsum(data.draw(st.lists(size, min_size=groups, max_size=groups))), rows)
     _check(Backend.CPU, np.diff(ends, prepend=0), rows, k=4, n=3, seed=groups)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _visited(sizes_G, rows):
+    """Rows of the tiles that the CPU's loops visit."""
+
+    def group_step(_, start, end, total):
+        return cpu.for_each_tile(rows, start, end, lambda tile, total: total + tile.rows, total)
+
+    return cpu.for_each_group(sizes_G, group_step, jnp.int32(0))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 40), st.sampled_from([127, 128, 129, 512, 700])), min_size=8, max_size=8))
+def test_cpu_loops_execute_what_they_say(sizes):
+    visited = int(_visited(jnp.asarray(sizes, jnp.int32), 6000))
+    assert visited == cpu.executed_rows(sizes, 6000)
+    assert sum(sizes) <= visited < sum(sizes) + 32 * len(sizes)
 
 
 @pytest.mark.parametrize("backend", [Backend.CPU, Backend.RAGGED_DOT])
