@@ -5,7 +5,8 @@
 Ours with the CPU back end, ours with jax.lax.ragged_dot, and transformers' Mixtral block on PyTorch (eager or grouped_mm,
 whichever is faster here) have the same sizes and the same random routing. Each runs in a process of its own with all cores;
 they take turns, one pass at a time (ragged_dot, which takes long, every fourth time). Ratios are of the medians, and of the
-fastest passes, which other work on the machine disturbs least. `executed` is the FLOPs of our products over those that the rows need, counted from the routing.
+fastest passes, which other work on the machine disturbs least. `executed` is the FLOPs of our products over those that the
+rows need, counted from the routing.
 """
 
 from __future__ import annotations
