@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from kernels.grouped_matmul import megablox, mosaic_gpu, mosaic_gpu_kernels, tpu, tpu_outer, tpu_product
+from kernels.grouped_matmul import gpu, gpu_outer, gpu_product, megablox, tpu, tpu_outer, tpu_product
 from kwaicoder_jax import models
 from kwaicoder_jax.hardware import hlo, work
 from kwaicoder_jax.models import gpu_attention, splash_attention
@@ -27,8 +27,8 @@ def kernel_work(runtime: models.Runtime) -> work.KernelWork:
 
 
 # By name, the module that knows the tiles.
-_PRODUCTS = {tpu_product.NAME: tpu, "gmm": megablox, mosaic_gpu_kernels.ROWS: mosaic_gpu}
-_OUTERS = {tpu_outer.NAME: tpu, "tgmm": megablox, mosaic_gpu_kernels.OUTER: mosaic_gpu}
+_PRODUCTS = {tpu_product.NAME: tpu, "gmm": megablox, gpu_product.NAME: gpu}
+_OUTERS = {tpu_outer.NAME: tpu, "tgmm": megablox, gpu_outer.NAME: gpu}
 BY_TOKENS = "moe._by_tokens"  # scope of `MoE._by_tokens`
 
 

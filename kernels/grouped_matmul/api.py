@@ -13,7 +13,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import cpu, megablox, mosaic_gpu, ragged_dot, reference, tpu
+from kernels.grouped_matmul import cpu, gpu, megablox, ragged_dot, reference, tpu
 
 
 class Backend(enum.StrEnum):
@@ -21,15 +21,15 @@ class Backend(enum.StrEnum):
 
     AUTO = "auto"  # the best one for the platform that the computation is compiled for
     TPU = "tpu"  # our Pallas kernels for TPU; bfloat16 and float32
+    GPU = "gpu"  # our Pallas kernels for Hopper; bfloat16 and float16, widths that are multiples of 64
     CPU = "cpu"  # loops over row tiles; compiles everywhere, fast on CPU
     REFERENCE = "reference"  # one-hot masks, float32: G times the work
     RAGGED_DOT = "ragged_dot"  # jax.lax.ragged_dot; on CPU and in drhs also G times the work
     MEGABLOX = "megablox"  # jax's Pallas kernels for TPU; interpreted on CPU
-    MOSAIC_GPU = "mosaic_gpu"  # our Pallas kernels for Hopper; bfloat16 and float16, widths that are multiples of 64
 
 
 #: Back ends that run on one platform alone, as jax names it, and compile on no other.
-PLATFORMS = {Backend.TPU: "tpu", Backend.MOSAIC_GPU: "gpu"}
+PLATFORMS = {Backend.TPU: "tpu", Backend.GPU: "gpu"}
 
 
 def grouped_matmul(
@@ -73,7 +73,7 @@ def product(
     """The forward product; dlhs with `transpose_rhs`, for which `rhs` is [G, N, K]; not differentiable."""
 
     def by(module: ModuleType) -> Callable[..., jax.Array]:
-        if transpose_rhs and module in (tpu, megablox, mosaic_gpu):  # read them as they lie
+        if transpose_rhs and module in (tpu, megablox, gpu):  # read them as they lie
             return functools.partial(module.product, transpose_rhs=True)
         if transpose_rhs:
             return lambda lhs_MK, rhs_GNK, sizes_G: module.product(lhs_MK, rhs_GNK.swapaxes(1, 2), sizes_G)
@@ -90,7 +90,7 @@ def outer(backend: Backend, lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G
 
 
 def _on_gpu(lhs_MK: jax.Array, width: int) -> ModuleType:
-    return mosaic_gpu if mosaic_gpu.fits(lhs_MK.dtype, lhs_MK.shape[1], width) else ragged_dot
+    return gpu if gpu.fits(lhs_MK.dtype, lhs_MK.shape[1], width) else ragged_dot
 
 
 _BACKENDS = {
@@ -99,7 +99,7 @@ _BACKENDS = {
     Backend.REFERENCE: reference,
     Backend.RAGGED_DOT: ragged_dot,
     Backend.MEGABLOX: megablox,
-    Backend.MOSAIC_GPU: mosaic_gpu,
+    Backend.GPU: gpu,
 }
 
 

@@ -7,7 +7,7 @@ small tile a group) and nothing is padded, copied or gathered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import jax
@@ -78,6 +78,17 @@ def for_each_tile(
         return body(Tile(first, small, (row_T1 >= wanted) & (row_T1 < end)), carry)
 
     return lax.fori_loop(0, (end - start + small - 1) // small, partial, carry)
+
+
+def executed_rows(sizes: Sequence[int], rows: int) -> int:
+    """Rows that the tiles of groups of these sizes compute, of arrays of `rows` rows."""
+    small = min(TILES[-1], rows)
+    executed = 0
+    for size in sizes:
+        for tile in [tile for tile in TILES[:-1] if tile <= rows]:
+            executed, size = executed + size // tile * tile, size % tile
+        executed += -(-size // small) * small
+    return executed
 
 
 def read_matrix(rhs_GKN: jax.Array, group: jax.Array) -> jax.Array:

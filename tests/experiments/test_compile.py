@@ -109,7 +109,7 @@ def test_a_tiny_step_for_gpu(tmp_path):
     assert sum(each["wire_bytes"] for each in sums) < matrices / 4  # gradients are scattered
     module = hlo.parse(hlo_file.read_text())
     found = work.measure(module, compile_kernels.kernel_work(models.Runtime()))
-    kernels = {"grouped_rows_gpu", "grouped_outer_gpu", "mha_forward", "mha_backward"}
+    kernels = {"grouped_product_gpu", "grouped_outer_gpu", "mha_forward", "mha_backward"}
     assert kernels <= set(found.by_kind)
     assert not found.unknown_loops
     assert not found.unknown_kernels

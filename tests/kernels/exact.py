@@ -8,6 +8,19 @@ from kernels.grouped_matmul import PLATFORMS, Backend
 BACKENDS = [backend for backend in Backend if backend not in PLATFORMS]
 
 
+def slopes(function, arguments, directions, step=1e-5):
+    """d function / d arguments along each direction, by central differences in float64."""
+    wide = [np.asarray(array, np.float64) for array in arguments]
+
+    def moved(place, direction, by):
+        return function(*(array + by * direction if i == place else array for i, array in enumerate(wide)))
+
+    return [
+        (moved(place, direction, step) - moved(place, direction, -step)) / (2 * step)
+        for place, direction in enumerate(directions)
+    ]
+
+
 def products(lhs, rhs, sizes, dout):
     """Output, dlhs and drhs in float64, group by group; rows behind the last group give zeros."""
     lhs, rhs, dout = (np.asarray(array, np.float64) for array in (lhs, rhs, dout))

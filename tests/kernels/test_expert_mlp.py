@@ -107,6 +107,49 @@ def test_pairs_of_no_group_contribute_nothing(backend):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-4)
 
 
+def _by_token(experts_MX, x_MD, weight_MX, gate_EDF, up_EDF, down_EFD):
+    """A loop over tokens and their experts, in the dtype of the arguments."""
+    y_MD = np.zeros_like(x_MD)
+    for token, experts in enumerate(experts_MX):
+        for choice, expert in enumerate(experts):
+            gate, up = x_MD[token] @ gate_EDF[expert], x_MD[token] @ up_EDF[expert]
+            y_MD[token] += weight_MX[token, choice] * ((gate / (1 + np.exp(-gate)) * up) @ down_EFD[expert])
+    return y_MD
+
+
+@pytest.mark.parametrize("backend", exact.BACKENDS)
+def test_gradients_by_finite_differences(backend):
+    """The slope of sum(dy * y) along a random direction of each argument, in float64 numpy."""
+    experts_MX, arguments, dy_MD = _arguments(5, 20, 2, 4, 8, 6)
+    narrow = [np.float32(array) for array in (*arguments, dy_MD)]
+    rng = np.random.default_rng(6)
+    directions = [rng.normal(size=array.shape) for array in arguments]
+    value = lambda *moved: np.sum(np.float64(narrow[-1]) * _by_token(experts_MX, *moved))  # noqa: E731
+    slopes = exact.slopes(value, narrow[:-1], directions)
+    _, *gradients = _run(backend, jax.nn.silu, [jnp.asarray(array) for array in narrow[:-1]], narrow[-1], experts_MX)
+    for gradient, direction, slope in zip(gradients, directions, slopes, strict=True):
+        # Float32 sums over rows and widths; the third derivative times 1e-10 is far below.
+        np.testing.assert_allclose(np.sum(np.float64(gradient) * direction), slope, rtol=2e-5, atol=2e-3)
+
+
+# Without ragged_dot, which on CPU multiplies rows of zeros with the matrices of other experts.
+@pytest.mark.parametrize("backend", [backend for backend in exact.BACKENDS if backend != Backend.RAGGED_DOT])
+def test_what_is_wrong_in_one_expert_stays_there(backend):
+    """Tokens that it does not see, and the gradients of other experts, are as without it, bit for bit."""
+    experts_MX, arguments, dy_MD = _arguments(7, 60, 2, 5, 8, 6)
+    clean = [np.float32(array) for array in arguments]
+    x, weight, gate, up, down = (array.copy() for array in clean)
+    gate[1], up[1], down[1] = np.inf, np.nan, -np.inf
+    seen = np.any(experts_MX == 1, axis=1)
+    assert 0 < seen.sum() < 60
+    runs = []
+    for values in (clean, [x, weight, gate, up, down]):
+        found = _run(backend, jax.nn.silu, [jnp.asarray(array) for array in values], np.float32(dy_MD), experts_MX)
+        runs.append([np.asarray(each)[~seen] for each in found[:3]] + [np.delete(each, 1, 0) for each in found[3:]])
+    for without, beside in zip(*runs, strict=True):
+        np.testing.assert_array_equal(without, beside)
+
+
 def test_shapes_that_do_not_fit_are_an_error():
     _, arguments, _ = _arguments(0, 8, 2, 4, 8, 6)
     x, weight, gate, up, down = [jnp.asarray(a, jnp.float32) for a in arguments]

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.grouped_matmul import Backend, grouped_matmul
+from kernels.grouped_matmul import Backend, cpu, grouped_matmul
 from tests.kernels import exact
+from tests.kwaicoder_jax.training import devices
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -63,9 +64,89 @@ def test_cpu_loops_for_any_group_sizes(data):
     _check(Backend.CPU, np.diff(ends, prepend=0), rows, k=4, n=3, seed=groups)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _visited(sizes_G, rows):
+    """Rows of the tiles that the CPU's loops visit."""
+
+    def group_step(_, start, end, total):
+        return cpu.for_each_tile(rows, start, end, lambda tile, total: total + tile.rows, total)
+
+    return cpu.for_each_group(sizes_G, group_step, jnp.int32(0))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.one_of(st.integers(0, 40), st.sampled_from([127, 128, 129, 512, 700])), min_size=8, max_size=8))
+def test_cpu_loops_execute_what_they_say(sizes):
+    visited = int(_visited(jnp.asarray(sizes, jnp.int32), 6000))
+    assert visited == cpu.executed_rows(sizes, 6000)
+    assert sum(sizes) <= visited < sum(sizes) + cpu.TILES[-1] * len(sizes)
+
+
 @pytest.mark.parametrize("backend", [Backend.CPU, Backend.RAGGED_DOT])
 def test_infinite_tail_rows_do_not_leak(backend):
     _check(backend, [40, 3], 60, poison=np.inf)
+
+
+@pytest.mark.parametrize("backend", exact.BACKENDS)
+@pytest.mark.parametrize("groups", [1, 512])
+def test_one_group_and_many(backend, groups):
+    sizes = np.random.default_rng(groups).multinomial(150, np.full(groups, 1 / groups))  # most of 512 are empty
+    _check(backend, sizes, 160)
+
+
+# One program each, since sizes are known at run time only.
+_PATTERNS = [
+    pytest.param(backend, marks=() if backend == Backend.CPU else pytest.mark.slow) for backend in exact.BACKENDS
+]
+
+
+@pytest.mark.parametrize("backend", _PATTERNS)
+def test_every_pattern_of_empty_groups(backend):
+    for pattern in range(256):
+        _check(backend, [11 * (pattern >> group & 1) for group in range(8)], 90)
+
+
+@pytest.mark.parametrize("backend", exact.BACKENDS)
+def test_gradients_by_finite_differences(backend):
+    """The slope of sum(dout * out) along a random direction of each operand, in float64 numpy."""
+    rng, sizes = np.random.default_rng(3), [7, 0, 40, 1]
+    shapes = [(50, 6), (4, 6, 5), (50, 5)]
+    lhs, rhs, dout = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    directions = [rng.normal(size=shape) for shape in shapes[:2]]
+    value = lambda a, b: np.sum(np.float64(dout) * exact.products(a, b, sizes, dout)[0])  # noqa: E731
+    slopes = exact.slopes(value, (lhs, rhs), directions)
+    gradients = _run(backend, *map(jnp.asarray, (lhs, rhs, np.int32(sizes), dout)))[1:]
+    for gradient, direction, slope in zip(gradients, directions, slopes, strict=True):
+        # Float32 sums of a few hundred terms of order one; the difference itself is good to 1e-9 (it is bilinear).
+        np.testing.assert_allclose(np.sum(np.float64(gradient) * direction), slope, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", exact.BACKENDS)
+def test_what_is_wrong_in_one_group_stays_there(backend):
+    """NaN in a group's rows and infinity in its matrix: everything of the other groups is as without, bit for bit."""
+    rng, sizes = np.random.default_rng(1), [30, 40, 50, 0, 5]
+    clean = [rng.normal(size=shape).astype(np.float32) for shape in ((130, 8), (5, 8, 6), (130, 6))]
+    lhs, rhs, dout = (array.copy() for array in clean)
+    lhs[30:70], dout[30:70] = np.nan, np.nan
+    if backend != Backend.RAGGED_DOT:  # which on CPU multiplies rows of zeros with the matrices of other groups
+        rhs[1] = np.inf
+    runs = []
+    for a, b, c in (clean, (lhs, rhs, dout)):
+        out, dlhs, drhs = _run(backend, *map(jnp.asarray, (a, b, np.int32(sizes), c)))
+        runs.append([np.delete(out, np.s_[30:70], 0), np.delete(dlhs, np.s_[30:70], 0), np.delete(drhs, 1, 0)])
+    for without, beside in zip(*runs, strict=True):
+        np.testing.assert_array_equal(without, beside)
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    return devices.run("kernels.experts_on_devices", 4)
+
+
+@pytest.mark.parametrize("backend", exact.BACKENDS)
+def test_experts_split_over_devices(sharded, backend):
+    """Over the largest entry: products and gradients inside shard_map, each device's groups from an offset on."""
+    assert max(sharded[backend]) < 1e-5
 
 
 @pytest.mark.parametrize("backend", exact.BACKENDS)

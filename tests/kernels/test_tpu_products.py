@@ -88,8 +88,9 @@ def test_any_group_sizes(data):
 
 
 @pytest.mark.slow
-def test_every_pattern_of_empty_groups():
-    for pattern in range(256):
+@pytest.mark.parametrize("first", range(0, 256, 32))
+def test_every_pattern_of_empty_groups(first):
+    for pattern in range(first, first + 32):
         check([21 * (pattern >> group & 1) for group in range(8)], 176, 128, 128, jnp.bfloat16, chip=TWO_CORES)
 
 

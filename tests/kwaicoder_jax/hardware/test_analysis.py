@@ -216,7 +216,7 @@ ENTRY %main (a: bf16[8,128], b: bf16[128,128]) -> bf16[8,128] {
   %product = bf16[8,128]{1,0} fusion(%fused, %b), kind=kCustom, calls=%gemm
   %scattered = bf16[8,128]{1,0} reduce-scatter-done(%scatter)
   %mpmd_map.3 = bf16[8,128]{1,0} custom-call(%product, %b), custom_call_target="mosaic_gpu_v2",
-    metadata={op_name="jit(f)/transpose(jvp(grouped_rows_gpu))/mpmd_map" stack_frame_id=6}
+    metadata={op_name="jit(f)/transpose(jvp(grouped_product_gpu))/mpmd_map" stack_frame_id=6}
   ROOT %pallas_call.5 = bf16[8,128]{1,0} custom-call(%mpmd_map.3), custom_call_target="__gpu$xla.gpu.triton",
     metadata={op_name="jit(f)/pallas_call"},
     backend_config={grid_x = 1 : i32, name = "mha_forward", num_warps = 4 : i32}
@@ -243,8 +243,8 @@ def test_kernels_of_gpus_by_their_names_and_bytes_of_collectives_once():
         return 5.0, 0.0
 
     executed = work.measure(hlo.parse(ON_GPU), known)
-    assert set(seen) == {"grouped_rows_gpu", "mha_forward"}
-    assert executed.by_kind == {"matmul": 2 * 8 * 128 * 128, "grouped_rows_gpu": 5, "mha_forward": 5}
+    assert set(seen) == {"grouped_product_gpu", "mha_forward"}
+    assert executed.by_kind == {"matmul": 2 * 8 * 128 * 128, "grouped_product_gpu": 5, "mha_forward": 5}
     part, whole, matrix = 8 * 128 * 2, 32 * 128 * 2, 128 * 128 * 2
     # Gather and scatter read and write one array each; the fusions read and write theirs.
     assert executed.hbm_bytes == 2 * (part + whole) + 2 * part + (2 * part + matrix)

@@ -17,7 +17,7 @@ _SETTINGS: Any = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.P
 
 
 def run(module: str, devices: int, *arguments: str) -> Any:
-    """What `python -m tests.kwaicoder_jax.MODULE ARGUMENTS` prints as its last line, as JSON."""
+    """What `python -m tests.kwaicoder_jax.MODULE ARGUMENTS` (of tests.MODULE, for kernels) prints last, as JSON."""
     done = subprocess.run(_command(module, devices, *arguments), **_SETTINGS, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
@@ -43,4 +43,5 @@ def _command(module: str, devices: int, *arguments: str) -> list[str]:
     quick = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
     flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *quick])
     settings = ["env", "JAX_PLATFORMS=cpu", f"XLA_FLAGS={flags}"]
-    return [*settings, sys.executable, "-m", f"tests.kwaicoder_jax.{module}", *arguments]
+    package = "tests" if module.startswith("kernels.") else "tests.kwaicoder_jax"
+    return [*settings, sys.executable, "-m", f"{package}.{module}", *arguments]

@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import mosaic_gpu_kernels as kernels
-from kernels.grouped_matmul.mosaic_gpu_kernels import ALIGNMENT, DEPTH, SMS
+from kernels.grouped_matmul import gpu_outer, gpu_product
+from kernels.grouped_matmul.gpu_tiles import ALIGNMENT, DEPTH, SMS, strip_of
 
 _ROWS = 128  # of a tile
 _FEW_ROWS = 64  # where groups have no more than a tile on average
@@ -46,7 +46,7 @@ def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) 
     Columns of a strip share rows in L2, and the tiles that are worked on at the same time share a matrix.
     """
     tile, columns = rows_tile(rows, groups), width // width_tile(width)
-    visits, strip = rows / tile + groups / 2, kernels.strip_of(columns)
+    visits, strip = rows / tile + groups / 2, strip_of(columns)
     reads = max(1.0, visits / groups * strip / SMS)  # of a matrix
     moved = visits * tile * depth * columns / strip + reads * groups * depth * width + rows * width
     return 2.0 * visits * tile * depth * width, itemsize * moved
@@ -55,7 +55,7 @@ def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) 
 def outer_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
     """The same of `outer`: a group begins and ends in a step of DEPTH rows that is computed whole."""
     executed, columns = rows + groups * (DEPTH - 1), width // width_tile(width)
-    moved = executed * (depth * columns / kernels.strip_of(columns) + width) + groups * depth * width
+    moved = executed * (depth * columns / strip_of(columns) + width) + groups * depth * width
     return 2.0 * executed * depth * width, itemsize * moved
 
 
@@ -73,7 +73,7 @@ def _clear_tail(rows_MK: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
 def _check(dtype: Any, depth: int, width: int) -> None:
     if not fits(dtype, depth, width):
         wanted = f"bfloat16 or float16, widths that are multiples of {DEPTH}, and a Hopper GPU"
-        raise ValueError(f"mosaic_gpu needs {wanted}; got {dtype}, {depth} and {width}: use auto or ragged_dot")
+        raise ValueError(f"gpu needs {wanted}; got {dtype}, {depth} and {width}: use auto or ragged_dot")
 
 
 def product(
@@ -88,7 +88,7 @@ def product(
     groups, width = rhs_GKN.shape[0], rhs_GKN.shape[1 if transpose_rhs else 2]
     _check(lhs_MK.dtype, depth, width)
     tile = rows_tile(rows, groups)
-    out_MN = kernels.rows_product(
+    out_MN = gpu_product.rows_product(
         _with_rows(lhs_MK, ALIGNMENT, tile), rhs_GKN, group_sizes_G, rows_tile=tile, width_tile=width_tile(width),
         transpose_rhs=transpose_rhs, interpret=interpret,
     )  # fmt: skip
@@ -102,6 +102,6 @@ def outer(
     depth, width = lhs_MK.shape[1], dout_MN.shape[1]
     _check(lhs_MK.dtype, depth, width)
     lhs_MK, dout_MN = (_with_rows(x, DEPTH, DEPTH) for x in (lhs_MK, dout_MN))
-    return kernels.outer_product(
+    return gpu_outer.outer_product(
         lhs_MK, dout_MN, group_sizes_G, depth_tile=width_tile(depth), width_tile=width_tile(width), interpret=interpret
     )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.grouped_matmul import Backend, grouped_matmul, mosaic_gpu, mosaic_gpu_kernels, reference
+from kernels.grouped_matmul import Backend, gpu, gpu_outer, gpu_product, gpu_tiles, grouped_matmul, reference
 from tests.kernels import exact, interpreted
 
 
@@ -36,9 +36,9 @@ def test_interpreted_against_float64(sizes, rows, depth, width, monkeypatch):
     sizes_G = jnp.asarray(sizes, jnp.int32)
     with interpreted.whole(monkeypatch) as interpret:
         got = (
-            mosaic_gpu.product(lhs, rhs, sizes_G, interpret=interpret),
-            mosaic_gpu.product(dout, rhs, sizes_G, transpose_rhs=True, interpret=interpret),
-            mosaic_gpu.outer(lhs, dout, sizes_G, interpret=interpret),
+            gpu.product(lhs, rhs, sizes_G, interpret=interpret),
+            gpu.product(dout, rhs, sizes_G, transpose_rhs=True, interpret=interpret),
+            gpu.outer(lhs, dout, sizes_G, interpret=interpret),
         )
     for name, have, want in zip(("out", "dlhs", "drhs"), got, wanted, strict=True):
         assert have.dtype == jnp.bfloat16
@@ -46,7 +46,7 @@ def test_interpreted_against_float64(sizes, rows, depth, width, monkeypatch):
         np.testing.assert_allclose(np.asarray(have.astype(jnp.float32)), want, rtol=2**-8, atol=1e-4, err_msg=name)
 
 
-visits = jax.jit(mosaic_gpu_kernels.visits, static_argnums=(1, 2))
+visits = jax.jit(gpu_tiles.visits, static_argnums=(1, 2))
 
 
 @settings(max_examples=40, deadline=None)
@@ -58,7 +58,7 @@ def test_every_row_of_a_group_is_in_one_tile_that_a_copy_can_begin_with(data):
     sizes = np.diff(ends, prepend=0)
     tiles = visits(jnp.asarray(sizes, jnp.int32), rows, tile)
     group, block, offset, own = (np.asarray(each) for each in tiles)
-    assert np.all(block % mosaic_gpu_kernels.ALIGNMENT == 0)
+    assert np.all(block % gpu_tiles.ALIGNMENT == 0)
     assert np.all((block >= 0) & (block + tile <= rows))
     busy = own > 0
     assert np.all((offset[busy] >= 0) & (offset[busy] + own[busy] <= tile))
@@ -70,9 +70,9 @@ def stand_in(lhs_MK, rhs_GKN, sizes_G, *, rows_tile, width_tile, transpose_rhs, 
     """What `rows_product` promises, with NaN where it promises nothing; and that it is given what it asks for."""
     assert interpret is None
     depth, width = rhs_GKN.shape[1:][:: -1 if transpose_rhs else 1]
-    assert lhs_MK.shape[0] % mosaic_gpu_kernels.ALIGNMENT == 0
+    assert lhs_MK.shape[0] % gpu_tiles.ALIGNMENT == 0
     assert lhs_MK.shape[0] >= rows_tile
-    assert (depth % mosaic_gpu_kernels.DEPTH, width % width_tile) == (0, 0)
+    assert (depth % gpu_tiles.DEPTH, width % width_tile) == (0, 0)
     right = rhs_GKN.swapaxes(1, 2) if transpose_rhs else rhs_GKN
     row_M1 = jnp.arange(lhs_MK.shape[0]).reshape(-1, 1)
     return jnp.where(row_M1 < jnp.sum(sizes_G), reference.product(lhs_MK, right, sizes_G), jnp.nan)
@@ -81,16 +81,16 @@ def stand_in(lhs_MK, rhs_GKN, sizes_G, *, rows_tile, width_tile, transpose_rhs, 
 def test_gradients_by_the_back_end(monkeypatch):
     def outer(lhs_MK, dout_MN, sizes_G, *, depth_tile, width_tile, interpret):
         assert lhs_MK.shape[0] == dout_MN.shape[0]
-        assert lhs_MK.shape[0] % mosaic_gpu_kernels.DEPTH == 0
+        assert lhs_MK.shape[0] % gpu_tiles.DEPTH == 0
         assert (lhs_MK.shape[1] % depth_tile, dout_MN.shape[1] % width_tile) == (0, 0)
         return reference.outer(lhs_MK, dout_MN, sizes_G)
 
-    monkeypatch.setattr(mosaic_gpu_kernels, "rows_product", stand_in)
-    monkeypatch.setattr(mosaic_gpu_kernels, "outer_product", outer)
+    monkeypatch.setattr(gpu_product, "rows_product", stand_in)
+    monkeypatch.setattr(gpu_outer, "outer_product", outer)
     sizes = [20, 0, 23]
     lhs, rhs, dout = operands(sizes, 50, 192, 64)  # fewer rows than a tile has
     wanted = exact.products(lhs, rhs, sizes, dout)
-    call = functools.partial(grouped_matmul, group_sizes_G=jnp.asarray(sizes), backend=Backend.MOSAIC_GPU)
+    call = functools.partial(grouped_matmul, group_sizes_G=jnp.asarray(sizes), backend=Backend.GPU)
     out, pull = jax.vjp(call, *(jnp.asarray(x, jnp.bfloat16) for x in (lhs, rhs)))
     for have, want in zip((out, *pull(jnp.asarray(dout, jnp.bfloat16))), wanted, strict=True):
         np.testing.assert_allclose(np.asarray(have.astype(jnp.float32)), want, rtol=2**-8, atol=1e-4)
@@ -114,8 +114,8 @@ def lowered(dtype, depth, width, groups=8, rows=4096):
 
 @pytest.mark.parametrize(("depth", "width"), EXPERTS)
 def test_auto_takes_them_for_the_experts_of_large_models(depth, width):
-    assert mosaic_gpu.fits(jnp.dtype(jnp.bfloat16), depth, width)
-    assert mosaic_gpu.fits(jnp.dtype(jnp.bfloat16), depth, width // 2)  # of a tensor axis of two
+    assert gpu.fits(jnp.dtype(jnp.bfloat16), depth, width)
+    assert gpu.fits(jnp.dtype(jnp.bfloat16), depth, width // 2)  # of a tensor axis of two
 
 
 def test_auto_on_gpu():
@@ -130,22 +130,22 @@ def test_auto_falls_back(dtype, depth, width):
     text = lowered(dtype, depth, width)
     assert "mosaic_gpu" not in text
     assert "ragged_dot" in text
-    with pytest.raises(ValueError, match="mosaic_gpu needs bfloat16 or float16, widths that are multiples of 64"):
-        mosaic_gpu.product(jnp.ones((8, depth), dtype), jnp.ones((1, depth, width), dtype), jnp.asarray([8]))
+    with pytest.raises(ValueError, match="gpu needs bfloat16 or float16, widths that are multiples of 64"):
+        gpu.product(jnp.ones((8, depth), dtype), jnp.ones((1, depth, width), dtype), jnp.asarray([8]))
 
 
 def test_another_gpu_is_left_to_xla(monkeypatch):
     ampere = type("Device", (), {"compute_capability": "8.0"})
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [ampere])
-    mosaic_gpu._on_hopper.cache_clear()
-    assert not mosaic_gpu.fits(jnp.dtype(jnp.bfloat16), 128, 64)
-    mosaic_gpu._on_hopper.cache_clear()
+    gpu._on_hopper.cache_clear()
+    assert not gpu.fits(jnp.dtype(jnp.bfloat16), 128, 64)
+    gpu._on_hopper.cache_clear()
 
 
 def test_the_work_is_that_of_random_groups():
     rows, groups, (depth, width) = 65_536, 64, EXPERTS[0]
-    tile = mosaic_gpu.rows_tile(rows, groups)
+    tile = gpu.rows_tile(rows, groups)
     rng, visited, steps = np.random.default_rng(0), [], []
     for _ in range(20):
         sizes = rng.multinomial(rows, rng.dirichlet(np.full(groups, 50.0)))
@@ -153,9 +153,18 @@ def test_the_work_is_that_of_random_groups():
         visited.append(np.sum(np.asarray(tiles.rows) > 0) * tile)
         ends = np.cumsum(sizes)
         steps.append(np.sum(-(-ends // 64) - (ends - sizes) // 64) * 64)
-    flops, moved = mosaic_gpu.product_work(rows, groups, depth, width, 2)
+    flops, moved = gpu.product_work(rows, groups, depth, width, 2)
     assert flops == pytest.approx(2 * np.mean(visited) * depth * width, rel=0.01)
     assert moved >= 2 * (rows * (depth + width) + groups * depth * width)  # each array once
-    flops, moved = mosaic_gpu.outer_work(rows, groups, depth, width, 2)
+    flops, moved = gpu.outer_work(rows, groups, depth, width, 2)
     assert flops == pytest.approx(2 * np.mean(steps) * depth * width, rel=0.01)
     assert moved >= 2 * (rows * (depth + width) + groups * depth * width)
+
+
+@pytest.mark.parametrize("product", ["forward", "drhs"])
+def test_a_tile_is_not_copied_over_while_it_is_multiplied(product):
+    """Interpreted products are not asynchronous; on the GPU the loop has to wait for those of the step before."""
+    lhs, rhs = jnp.zeros((128, 128), jnp.bfloat16), jnp.zeros((2, 128, 64), jnp.bfloat16)
+    call = {"forward": gpu.product, "drhs": gpu.outer}[product]
+    text = str(jax.make_jaxpr(call)(lhs, rhs if product == "forward" else lhs, jnp.asarray([64, 64])))
+    assert text.count("wgmma_wait") == 1
