@@ -13,7 +13,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import cpu, megablox, mosaic_gpu, ragged_dot, reference, tpu
+from kernels.grouped_matmul import cpu, megablox, mosaic_gpu, ragged_dot, reference, tokamax, tpu
 
 
 class Backend(enum.StrEnum):
@@ -25,11 +25,12 @@ class Backend(enum.StrEnum):
     REFERENCE = "reference"  # one-hot masks, float32: G times the work
     RAGGED_DOT = "ragged_dot"  # jax.lax.ragged_dot; on CPU and in drhs also G times the work
     MEGABLOX = "megablox"  # jax's Pallas kernels for TPU; interpreted on CPU
+    TOKAMAX = "tokamax"  # tokamax's Pallas kernels for TPU, to compare with; tokamax has to be installed
     MOSAIC_GPU = "mosaic_gpu"  # our Pallas kernels for Hopper; bfloat16 and float16, widths that are multiples of 64
 
 
 #: Back ends that run on one platform alone, as jax names it, and compile on no other.
-PLATFORMS = {Backend.TPU: "tpu", Backend.MOSAIC_GPU: "gpu"}
+PLATFORMS = {Backend.TPU: "tpu", Backend.TOKAMAX: "tpu", Backend.MOSAIC_GPU: "gpu"}
 
 
 def grouped_matmul(
@@ -73,7 +74,7 @@ def product(
     """The forward product; dlhs with `transpose_rhs`, for which `rhs` is [G, N, K]; not differentiable."""
 
     def by(module: ModuleType) -> Callable[..., jax.Array]:
-        if transpose_rhs and module in (tpu, megablox, mosaic_gpu):  # read them as they lie
+        if transpose_rhs and module in (tpu, megablox, tokamax, mosaic_gpu):  # read them as they lie
             return functools.partial(module.product, transpose_rhs=True)
         if transpose_rhs:
             return lambda lhs_MK, rhs_GNK, sizes_G: module.product(lhs_MK, rhs_GNK.swapaxes(1, 2), sizes_G)
@@ -99,6 +100,7 @@ _BACKENDS = {
     Backend.REFERENCE: reference,
     Backend.RAGGED_DOT: ragged_dot,
     Backend.MEGABLOX: megablox,
+    Backend.TOKAMAX: tokamax,
     Backend.MOSAIC_GPU: mosaic_gpu,
 }
 
