@@ -34,6 +34,7 @@ def test_sizes_are_what_they_are_called():
     zipf = np.sort(kernel_shapes.sizes("zipf", 8, 8192))[::-1]
     np.testing.assert_allclose(zipf, 8192 / np.arange(1, 9) / np.sum(1 / np.arange(1, 9)), atol=1)
     np.testing.assert_array_equal(kernel_shapes.apportioned(np.array([1.0, 1.0, 1.0]), 5), [2, 2, 1])
+    np.testing.assert_array_equal(kernel_shapes.apportioned(np.array([1.0, 5.0, 3.0]), 10), [1, 6, 3])
     counts = np.bincount(
         np.random.default_rng(0).integers(0, 64, 32_768), minlength=64
     )  # the same law, drawn otherwise
