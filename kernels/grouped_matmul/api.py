@@ -13,7 +13,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from kernels.grouped_matmul import cpu, gpu, megablox, ragged_dot, reference, tpu
+from kernels.grouped_matmul import cpu, gpu, megablox, ragged_dot, reference, tokamax, tpu
 
 
 class Backend(enum.StrEnum):
@@ -26,10 +26,11 @@ class Backend(enum.StrEnum):
     REFERENCE = "reference"  # one-hot masks, float32: G times the work
     RAGGED_DOT = "ragged_dot"  # jax.lax.ragged_dot; on CPU and in drhs also G times the work
     MEGABLOX = "megablox"  # jax's Pallas kernels for TPU; interpreted on CPU
+    TOKAMAX = "tokamax"  # tokamax's Pallas kernels for TPU, to compare with; tokamax has to be installed
 
 
 #: Back ends that run on one platform alone, as jax names it, and compile on no other.
-PLATFORMS = {Backend.TPU: "tpu", Backend.GPU: "gpu"}
+PLATFORMS = {Backend.TPU: "tpu", Backend.TOKAMAX: "tpu", Backend.GPU: "gpu"}
 
 
 def grouped_matmul(
@@ -73,7 +74,7 @@ def product(
     """The forward product; dlhs with `transpose_rhs`, for which `rhs` is [G, N, K]; not differentiable."""
 
     def by(module: ModuleType) -> Callable[..., jax.Array]:
-        if transpose_rhs and module in (tpu, megablox, gpu):  # read them as they lie
+        if transpose_rhs and module in (tpu, megablox, tokamax, gpu):  # read them as they lie
             return functools.partial(module.product, transpose_rhs=True)
         if transpose_rhs:
             return lambda lhs_MK, rhs_GNK, sizes_G: module.product(lhs_MK, rhs_GNK.swapaxes(1, 2), sizes_G)
@@ -100,6 +101,7 @@ _BACKENDS = {
     Backend.RAGGED_DOT: ragged_dot,
     Backend.MEGABLOX: megablox,
     Backend.GPU: gpu,
+    Backend.TOKAMAX: tokamax,
 }
 
 

@@ -80,15 +80,17 @@ def _on_platform(function: Callable[..., jax.Array], *operands: jax.Array) -> ja
 
 
 def product(
-    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *, transpose_rhs: bool = False
-) -> jax.Array:
+    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *,
+    transpose_rhs: bool = False, tiles: Tiles | None = None,
+) -> jax.Array:  # fmt: skip
     """out[m] = lhs[m] @ rhs[group of m], zero for rows of no group: [M, N] in the dtype of `lhs_MK`.
 
-    With `transpose_rhs` the matrices are [G, N, K], and read as they lie.
+    With `transpose_rhs` the matrices are [G, N, K], and read as they lie. Tiles are chosen by shape if None.
     """
     rows, groups = lhs_MK.shape[0], rhs_GKN.shape[0]
     width = rhs_GKN.shape[1 if transpose_rhs else 2]
-    tiles = product_tiles(rows, groups, lhs_MK.shape[1], width)
+    if tiles is None:
+        tiles = product_tiles(rows, groups, lhs_MK.shape[1], width)
     call = functools.partial(
         gmm, preferred_element_type=lhs_MK.dtype, tiling=tiles, transpose_rhs=transpose_rhs
     )  # fmt: skip
@@ -96,9 +98,10 @@ def product(
     return _clear_tail(out_MN[:rows], group_sizes_G)
 
 
-def outer(lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+def outer(lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array, *, tiles: Tiles | None = None) -> jax.Array:
     """out[g] = lhs[rows of g]^T @ dout[rows of g]: [G, K, N] in the dtype of `lhs_MK`; rows of no group are not read."""
-    tiles = outer_tiles(lhs_MK.shape[0], group_sizes_G.shape[0], lhs_MK.shape[1], dout_MN.shape[1])
+    if tiles is None:
+        tiles = outer_tiles(lhs_MK.shape[0], group_sizes_G.shape[0], lhs_MK.shape[1], dout_MN.shape[1])
     lhs_MK, dout_MN = (_with_rows(x, tiles[0]) for x in (lhs_MK, dout_MN))
     call = functools.partial(tgmm, preferred_element_type=lhs_MK.dtype, tiling=tiles)
     return _on_platform(call, lhs_MK.swapaxes(0, 1), dout_MN, group_sizes_G)
