@@ -14,7 +14,7 @@ from kernels.grouped_matmul import tpu_tuned
 LANES = 128
 _MOST_ROWS, _FEWEST_ROWS = 512, 128  # of a window
 BODY = 6 * 2**20  # most of depth x columns in one straight piece of code: it is unrolled, so this bounds its size
-_OUTER_WINDOWS = (128, 256, 384, 512, 640)  # rows of a window of drhs; each count of 128 rows has code of its own
+_OUTER_ROWS, _OUTER_ROWS_FOR_ALL = 640, 1152  # most rows of a window of drhs; where that is a whole average group
 OUTER_BODY = 19 * 2**26  # most of depth x columns x rows in one straight piece of code
 _VISIT_CYCLES, _PIECE_CYCLES = 400, 450  # beside the products: of a window, and of a straight piece of code
 MACS_PER_CYCLE, BYTES_PER_CYCLE = 2**16, 545  # of a core: bfloat16, HBM of v5e
@@ -165,9 +165,10 @@ class OuterTiles:
         )
 
     def time(self, rows: int, groups: int, depth: int, width: int, itemsize: int) -> float:
-        """Cycles of a core, roughly: all but what rounding and partly filled windows cost."""
+        """Cycles of a core, roughly: without what rounding costs; half of the groups are larger than the average."""
         parts = self.depth_parts * self.column_parts
-        visits = groups * -(-rows // (groups * self.rows)) * (depth * width // (self.depth * self.columns * parts))
+        windows = groups * -(-(rows // groups + LANES) // self.rows)
+        visits = windows * (depth * width // (self.depth * self.columns * parts))
         pieces = visits * (self.depth // self.block_depth)
         products = rows * depth * width / (parts * MACS_PER_CYCLE)
         copies = itemsize * self.moved(rows, groups, depth, width) / (parts * BYTES_PER_CYCLE)
@@ -220,9 +221,11 @@ def outer_rule(rows: int, groups: int, depth: int, width: int, itemsize: int, he
     Raises:
       ValueError: not even the smallest fit.
     """
-    wanted = min(rows // groups + LANES, max(_OUTER_WINDOWS))  # half of the groups are larger than the average
+    # Each count of 128 rows has code of its own, so larger windows have to be worth it.
+    wanted = padded(rows // groups + LANES)
+    most_rows = wanted if wanted <= _OUTER_ROWS_FOR_ALL else _OUTER_ROWS
     found = []
-    for most in _OUTER_WINDOWS:
+    for most in range(most_rows, 0, -LANES):
         for down, across in _outer_parts(depth, width, here.cores):
             for deep in divisors(depth // down):
                 for columns in divisors(width // across):
@@ -230,11 +233,10 @@ def outer_rule(rows: int, groups: int, depth: int, width: int, itemsize: int, he
                     tiles = OuterTiles(most, deep, columns, blocks[0], down, across)
                     if _fits(tiles.vmem_bytes(depth, width, itemsize), here):
                         time = tiles.time(rows, groups, depth, width, itemsize)
-                        moved = tiles.moved(rows, groups, depth, width)
-                        found.append((most < wanted, abs(most - wanted), time, moved, tiles))
+                        found.append((-most, time, tiles.moved(rows, groups, depth, width), tiles))
     if not found:
         raise ValueError(f"no tiles of {depth} x {width} fit in {here.vmem_bytes} bytes of VMEM")
-    return min(found, key=lambda each: each[:4])[-1]
+    return min(found, key=lambda each: each[:3])[-1]
 
 
 def _tuned(

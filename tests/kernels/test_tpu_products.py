@@ -181,7 +181,7 @@ def test_compiled_for(chip, product):
     matrices = groups * depth * width
     # Each matrix, row and result once, but rows of a shared tile and the matrix that two cores share twice.
     assert found.hbm_bytes < 1.08 * 2 * (matrices + rows * (depth + width)) or product == "drhs"
-    least = {"v5e": (0.88, 0.85, 0.80), "v5p": (0.86, 0.84, 0.78), "v6e": (0.5, 0.5, 0.4)}  # v6e: bound by HBM
+    least = {"v5e": (0.88, 0.85, 0.83), "v5p": (0.86, 0.84, 0.82), "v6e": (0.5, 0.5, 0.4)}  # v6e: bound by HBM
     assert found.utilization > least[chip][["forward", "dlhs", "drhs"].index(product)]
 
 
