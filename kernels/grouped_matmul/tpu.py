@@ -44,7 +44,10 @@ def product(
     if not (rows and width and rhs_GKN.shape[0] and depth):
         return jnp.zeros((rows, width), lhs_MK.dtype)
     if tiles is None:
-        tiles = tpu_tiles.product_tiles(lhs_MK.shape[0], rhs_GKN.shape[0], depth, wide, lhs_MK.dtype.itemsize, here)
+        tiles = tpu_tiles.product_tiles(
+            lhs_MK.shape[0], rhs_GKN.shape[0], depth, wide, lhs_MK.dtype.itemsize, here,
+            "dlhs" if transpose_rhs else "forward",
+        )  # fmt: skip
     out_MN = grouped_product(
         lhs_MK, rhs_GKN, group_sizes_G, transpose_rhs=transpose_rhs, tiles=tiles, here=here, interpret=interpret
     )
@@ -66,7 +69,6 @@ def outer(
         return jnp.zeros((groups, depth, width), lhs_MK.dtype)
     lhs_MK, dout_MN = (_padded(x, sublanes(x.dtype)) for x in (lhs_MK, dout_MN))
     deep, wide = lhs_MK.shape[1], dout_MN.shape[1]
-    here = tpu_tiles.for_outer(here, deep)
     if tiles is None:
         tiles = tpu_tiles.outer_tiles(lhs_MK.shape[0], groups, deep, wide, lhs_MK.dtype.itemsize, here)
     out_GKN = grouped_outer(lhs_MK, dout_MN, group_sizes_G, tiles=tiles, here=here, interpret=interpret)
@@ -84,8 +86,7 @@ def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) 
 def outer_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
     """The same of `outer`."""
     depth, width = padded(depth), padded(width)
-    here = tpu_tiles.for_outer(tpu_tiles.ANY_CHIP, depth)
-    tiles = tpu_tiles.outer_tiles(rows, groups, depth, width, itemsize, here)
+    tiles = tpu_tiles.outer_tiles(rows, groups, depth, width, itemsize, tpu_tiles.ANY_CHIP)
     computed = rows + groups * (8 * 4 // itemsize - 1 + LANES - 1)
     return 2.0 * computed * depth * width, float(itemsize * tiles.moved(rows, groups, depth, width))
 

@@ -6,10 +6,8 @@ import jax.numpy as jnp
 
 from kernels.grouped_matmul import tpu_gather
 from kernels.grouped_matmul.tpu_plan import Call, Plan
-from kernels.grouped_matmul.tpu_tiles import LANES, Chip, ProductTiles, divisors, windows
+from kernels.grouped_matmul.tpu_tiles import BODY, LANES, Chip, ProductTiles, divisors, fits, windows
 
-_BODY = 6 * 2**20  # most of depth x columns, over all products, in one straight piece of code
-_SHARE = 0.85  # of VMEM that buffers may take; the rest is the compiler's
 _ZERO_ROWS = 128
 
 
@@ -27,10 +25,10 @@ def rows_tiles(plan: Plan, call: Call, here: Chip) -> ProductTiles:
     products = sum(len(part) for part in plan.parts)
     found = []
     for columns in divisors(call.width):
-        blocks = [block for block in divisors(columns) if products * call.depth * block <= _BODY] or [LANES]
+        blocks = [block for block in divisors(columns) if products * call.depth * block <= BODY] or [LANES]
         for most in windows(here):
             tiles = ProductTiles(most, columns, here.mxu, here.mxu // 4, blocks[0])
-            if vmem_bytes(plan, call, tiles) <= _SHARE * here.vmem_bytes:
+            if fits(vmem_bytes(plan, call, tiles), here):
                 moved = call.rows * call.depth * max(call.lhs, 1) * (call.width // columns)
                 found.append((moved, -most, tiles))
     if not found:

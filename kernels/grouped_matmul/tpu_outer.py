@@ -1,14 +1,16 @@
 """drhs on TPU: out[g] = lhs[rows of group g]^T @ dout[rows of group g].
 
-One program a core, each for its share of the gradients' rows (of K), so that all have the same work. A window's products
-are added to a float32 sum in VMEM while they leave the matrix units, and written in the output's dtype beside it; when the
-group ends, that copy goes to HBM while the next group is summed in another. Rows of a window that are another group's are
-set to zero in VMEM first, in both operands, since zero times NaN is NaN: at most a matrix unit's depth of them.
+One program a core, each for its share of the gradients' rows (of K), or of their columns, so that all have the same work.
+A window's products are added to a float32 sum in VMEM while they leave the matrix units, and written in the output's dtype
+beside it; when the group ends, that copy goes to HBM while the next group is summed in another. Rows of a window that are
+another group's count as zeros in both operands, since zero times NaN is NaN: those behind while they are read, those in
+front in VMEM, where the group's last rows take their place if they fit.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,8 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.grouped_matmul.tpu_copies import Outgoing, next_slot, rows_at
-from kernels.grouped_matmul.tpu_tiles import Chip, OuterTiles, divisors, sublanes, vmem_limit
-from kernels.grouped_matmul.tpu_walk import Visit, Walk, ceil_to, floor_to, write_ends
+from kernels.grouped_matmul.tpu_tiles import LANES, OUTER_BODY, Chip, OuterTiles, divisors, sublanes, vmem_limit
+from kernels.grouped_matmul.tpu_walk import Visit, Walk, floor_to, write_ends
 
 NAME = "grouped_outer"
 _ZERO_ROWS = 128
@@ -44,11 +46,11 @@ def grouped_outer(
         transcendentals=0,
     )
     return pl.pallas_call(
-        functools.partial(_kernel, tiles=tiles, align=align, cores=here.cores),
+        functools.partial(_kernel, tiles=tiles, align=align),
         out_shape=jax.ShapeDtypeStruct((groups, depth, width), dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(here.cores,),
+            grid=(tiles.depth_parts * tiles.column_parts,),
             in_specs=[anywhere, anywhere],
             out_specs=anywhere,
             scratch_shapes=(  # in the order of the kernel's arguments
@@ -58,7 +60,7 @@ def grouped_outer(
                 pltpu.VMEM((tiles.slots, tiles.rows, tiles.columns), dtype),
                 pltpu.VMEM((tiles.depth, tiles.columns), jnp.float32),
                 pltpu.VMEM((_OUT_SLOTS, tiles.depth, tiles.columns), dtype),
-                pltpu.VMEM((_ZERO_ROWS, width), dtype),
+                pltpu.VMEM((_ZERO_ROWS, width // tiles.column_parts), dtype),
                 copies((tiles.slots,)),
                 copies((tiles.slots,)),
                 copies((_OUT_SLOTS,)),
@@ -74,21 +76,24 @@ def grouped_outer(
 
 def _kernel(
     sizes_G, lhs_MK, dout_MN, out_GKN, ends_G, out_sizes_S, lhs_SRK, dout_SRN, sum_KN, out_SKN, zero_RN,
-    lhs_done_S, dout_done_S, out_done_S, zero_done, *, tiles: OuterTiles, align: int, cores: int,
+    lhs_done_S, dout_done_S, out_done_S, zero_done, *, tiles: OuterTiles, align: int,
 ) -> None:  # fmt: skip
-    (rows, depth), core = lhs_MK.shape, pl.program_id(0)
-    own = depth // cores  # of the gradients' rows
-    deep, wide = own // tiles.depth, dout_MN.shape[1] // tiles.columns  # tiles of a gradient
+    rows, (_, depth, width) = lhs_MK.shape[0], out_GKN.shape
+    deep, wide = depth // tiles.depth_parts, width // tiles.column_parts  # this core's part of a gradient
+    core = pl.program_id(0)
+    first_row = core * deep if tiles.depth_parts > 1 else 0
+    first_column = core * wide if tiles.column_parts > 1 else 0
+    down, across = deep // tiles.depth, wide // tiles.columns  # tiles of the part
     total = write_ends(sizes_G, ends_G, rows)
-    walk = Walk(ends_G, jnp.int32(0), total, columns=deep * wide, rows=tiles.rows, align=align)
+    walk = Walk(ends_G, jnp.int32(0), total, columns=down * across, rows=tiles.rows, align=align)
 
     def depth_of(visit: Visit) -> Any:
-        place = visit.column if wide == 1 else lax.div(visit.column, jnp.int32(wide))
-        return pl.ds(pl.multiple_of(core * own + place * tiles.depth, tiles.depth), tiles.depth)
+        place = visit.column if across == 1 else lax.div(visit.column, jnp.int32(across))
+        return pl.ds(pl.multiple_of(first_row + place * tiles.depth, LANES), tiles.depth)
 
     def columns_of(visit: Visit) -> Any:
-        place: Any = 0 if wide == 1 else lax.rem(visit.column, jnp.int32(wide))
-        return pl.ds(pl.multiple_of(place * tiles.columns, tiles.columns), tiles.columns)
+        place: Any = 0 if across == 1 else lax.rem(visit.column, jnp.int32(across))
+        return pl.ds(pl.multiple_of(first_column + place * tiles.columns, LANES), tiles.columns)
 
     def in_copies(visit: Visit, slot: Any) -> tuple[Any, Any]:
         window = rows_at(*walk.window(visit), align)
@@ -119,26 +124,18 @@ def _kernel(
     ahead = (visit, zero)
     for _ahead in range(tiles.slots - 1):
         ahead = fetch(*ahead)
-    zero_copies = _write_zeros(sizes_G, out_GKN, zero_RN, zero_done, core * own, own)
+    zero_copies = _write_zeros(sizes_G, out_GKN, zero_RN, zero_done, (first_row, deep), (first_column, wide))
 
     def step(carry: tuple) -> tuple:
         visit, ahead, is_new, slot, out_slot = carry
         ahead = fetch(*ahead)
         for copy in in_copies(visit, slot):
             copy.wait()
-        start, end = floor_to(visit.row, align), walk.end(visit)
-        for rows_RN in (lhs_SRK.at[slot], dout_SRN.at[slot]):
-            _clear(rows_RN, visit.row - start, end - start, align)
+        start = floor_to(visit.row, align)
+        operands = lhs_SRK.at[slot], dout_SRN.at[slot]
+        held = _close_up(operands, visit.row - start, walk.end(visit) - start, align)
         pl.when(is_new)(lambda: outgoing.wait(out_slot))
-        _add(
-            lhs_SRK.at[slot],
-            dout_SRN.at[slot],
-            sum_KN,
-            out_SKN.at[out_slot],
-            end - start,
-            is_new,
-            block=tiles.block_depth,
-        )
+        _add(*operands, sum_KN, out_SKN.at[out_slot], held, is_new, block=tiles.block_depth)
         following = walk.after(visit)
         is_over = (following.group != visit.group) | (following.column != visit.column)
 
@@ -155,41 +152,61 @@ def _kernel(
     zero_copies()
 
 
-def _clear(rows_RN: Any, begin: Any, end: Any, align: int) -> None:
-    """Zeros in rows [0, begin), less than a tile, and from `end` to the next multiple of the matrix unit's depth."""
+def _close_up(operands: Sequence[Any], begin: Any, end: Any, align: int) -> Any:
+    """Zeros in rows [0, begin), less than a tile, or else what the last tile holds, where that has room there.
+
+    A group that begins inside a tile then needs no more tiles than one that does not. The order of rows does not matter
+    to a sum over them, as long as both operands have the same.
+
+    Args:
+      operands: of one window, right in rows [begin, end).
+      begin: row of the window, in its first tile.
+      end: row of the window.
+      align: rows of a tile.
+
+    Returns:
+      The row before which both operands are right; what lies behind is anything.
+    """
     row_A1 = lax.broadcasted_iota(jnp.int32, (align, 1), 0)
+    last = floor_to(end - 1, align)
+    behind = end - last  # rows of the last tile, 1 to `align`
+    moves = (last > 0) & (behind <= begin)
+    count = jnp.where(moves, behind, 0)
+    top, bottom = pl.ds(0, align), pl.ds(pl.multiple_of(last, align), align)
 
-    def tile(first: Any, keep_A1: Any) -> None:
-        here = pl.ds(pl.multiple_of(first, align), align)
-        rows_RN[here] = jnp.where(keep_A1, rows_RN[here], jnp.zeros((), rows_RN.dtype))
+    @pl.when(begin > 0)
+    def _() -> None:
+        for rows_RN in operands:
+            moved_AN = jnp.where(row_A1 < count, rows_RN[bottom], jnp.zeros((), rows_RN.dtype))
+            rows_RN[top] = jnp.where(row_A1 >= begin, rows_RN[top], moved_AN)
 
-    pl.when(begin > 0)(lambda: tile(0, row_A1 >= begin))
-    whole = floor_to(end, align)
-    pl.when(whole < end)(lambda: tile(whole, row_A1 < end - whole))
-    first = ceil_to(end, align)
-    zeros_AN = jnp.zeros((align, rows_RN.shape[1]), rows_RN.dtype)
-
-    @pl.loop(0, lax.shift_right_logical(ceil_to(end, _PIECE) - first, align.bit_length() - 1))
-    def _(number: Any) -> None:
-        rows_RN[pl.ds(pl.multiple_of(first + number * align, align), align)] = zeros_AN
+    return jnp.where(moves, last, end)
 
 
 def _add(
     lhs_RK: Any, dout_RN: Any, sum_KN: Any, out_KN: Any, rows: Any, is_first: Any, *, block: int
 ) -> None:  # fmt: skip
-    """out = sum = (is_first ? 0 : sum) + lhs^T dout, over `rows` rows rounded up to whole pieces."""
-    depth = lhs_RK.shape[1]
+    """out = sum = (is_first ? 0 : sum) + lhs^T dout, over `rows` rows, and zeros up to whole pieces."""
+    (most, columns), depth = dout_RN.shape, lhs_RK.shape[1]
     precision = lax.Precision.HIGHEST if lhs_RK.dtype == jnp.float32 else lax.Precision.DEFAULT
-    most = lhs_RK.shape[0]
+
+    def held(x_RN: Any, count: int, there: Any = slice(None)) -> Any:
+        """`count` rows, of which those of the last piece that are not there are zero: free, beside the products."""
+        whole = count - _PIECE
+        row_P1 = lax.broadcasted_iota(jnp.int32, (_PIECE, 1), 0)
+        last_PN = jnp.where(row_P1 < rows - whole, x_RN[pl.ds(whole, _PIECE), there], jnp.zeros((), x_RN.dtype))
+        return jnp.concatenate([x_RN[pl.ds(0, whole), there], last_PN]) if whole else last_PN
 
     def over(count: int) -> None:
-        # Few rows: more of the depth in one piece of code, so that all pieces are about as large.
-        deep = next(each for each in divisors(depth) if each * count <= block * most)
+        # Few rows: more of the depth in one piece of code. All pieces are compiled, so rarer ones are not as large.
+        size = block * most * columns
+        size = size if count > most - 2 * _PIECE else min(size, OUTER_BODY // 2)
+        deep = next((each for each in divisors(depth) if each * count * columns <= size), LANES)
 
         def with_depth(first: Any) -> None:
             here = pl.ds(pl.multiple_of(first, deep), deep)
             product_KN = lax.dot_general(
-                lhs_RK[pl.ds(0, count), here], dout_RN[pl.ds(0, count)], (((0,), (0,)), ((), ())),
+                held(lhs_RK, count, here), held(dout_RN, count), (((0,), (0,)), ((), ())),
                 precision=precision, preferred_element_type=jnp.float32,
             )  # fmt: skip
             total_KN = product_KN + jnp.where(is_first, 0.0, sum_KN[here])
@@ -205,13 +222,20 @@ def _add(
         pl.when((rows > count - _PIECE) & (rows <= count))(functools.partial(over, count))
 
 
-def _write_zeros(sizes_G: Any, out_GKN: Any, zero_RN: Any, done: Any, first: Any, depth: int) -> Any:
-    """Starts copies of zeros to the gradients of groups without rows; returns what waits for them."""
-    groups, rows = out_GKN.shape[0], zero_RN.shape[0]
+def _write_zeros(sizes_G: Any, out_GKN: Any, zero_RN: Any, done: Any, deep: Any, wide: Any) -> Any:
+    """Starts copies of zeros to the gradients of groups without rows; returns what waits for them.
+
+    Args:
+      deep: first row and number of rows of a gradient that are this core's.
+      wide: the same of columns.
+    """
+    groups, rows, (first, depth) = out_GKN.shape[0], zero_RN.shape[0], deep
+    columns = pl.ds(pl.multiple_of(wide[0], LANES), wide[1])
     zero_RN[...] = jnp.zeros_like(zero_RN)
 
     def copy(group: Any, row: Any) -> Any:
-        return pltpu.make_async_copy(zero_RN, out_GKN.at[group, pl.ds(pl.multiple_of(first + row, rows), rows)], done)
+        here = pl.ds(pl.multiple_of(first + row, rows), rows)
+        return pltpu.make_async_copy(zero_RN, out_GKN.at[group, here, columns], done)
 
     def fill(group: Any, count: Any) -> Any:
         is_empty = sizes_G[group] == 0

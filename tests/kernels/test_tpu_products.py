@@ -61,7 +61,14 @@ def check(sizes, rows, depth=128, width=256, dtype=jnp.float32, poison=np.nan, *
     ("sizes", "rows", "depth", "width", "dtype"),
     [
         ([37, 0, 5, 3, 0, 150, 61], 320, 256, 128, jnp.bfloat16),  # many groups in a tile, empty ones, a tail
-        ([37, 0, 5, 3, 0, 150, 61], 256, 128, 256, jnp.float32),  # no tail
+        ([37, 0, 5, 3, 0, 150, 61], 256, 128, 256, jnp.float32),  # no tail; cores divide the columns of drhs
+        (
+            [9, 128, 3, 121, 7, 12, 10],
+            320,
+            128,
+            128,
+            jnp.bfloat16,
+        ),  # last rows of a group that fit before its first ones
         ([0, 0, 0], 200, 128, 128, jnp.bfloat16),  # no rows in any group: more zeros than one copy has
         ([0, 700, 0], 700, 256, 128, jnp.bfloat16),  # several windows, and rows that no tile divides
         ([1, 1, 1, 0, 1], 7, 100, 130, jnp.float32),  # widths that no tile divides
@@ -75,8 +82,14 @@ def test_against_float64(chip, sizes, rows, depth, width, dtype):
 def test_several_tiles_of_columns(chip):
     """The matrices of one tile are read while the rows of another are multiplied."""
     tiles = tpu_tiles.ProductTiles(128, 128, 128, 32, 128)
-    outer_tiles = tpu_tiles.OuterTiles(128, 128, 128, 128)
+    outer_tiles = tpu_tiles.OuterTiles(128, 128, 128, 128, depth_parts=chip.cores)
     check([200, 3, 0, 100, 1], 320, 256, 384, chip=chip, tiles=tiles, outer_tiles=outer_tiles, poison=np.inf)
+
+
+def test_tiles_of_a_share_of_the_columns():
+    """Two cores with two by two tiles of drhs each, and a group without rows."""
+    outer_tiles = tpu_tiles.OuterTiles(128, 128, 128, 128, column_parts=2)
+    check([100, 0, 3, 40], 160, 256, 512, chip=TWO_CORES, outer_tiles=outer_tiles)
 
 
 @settings(max_examples=8, deadline=None)
@@ -113,13 +126,18 @@ def test_what_is_wrong_in_one_expert_stays_there():
 
 
 def test_tiles_fit_and_divide():
+    shapes = ((8, 8192, 4096, 14_336), (64, 32_768, 2048, 1408), (256, 131_072, 7168, 2048), (512, 8192, 2048, 768))
     for chip in CHIPS.values():
-        for groups, rows, depth, width in ((8, 8192, 4096, 14_336), (256, 131_072, 7168, 2048), (512, 8192, 2048, 768)):
+        for groups, rows, depth, width in shapes:
             for deep, wide in ((depth, width), (width, depth)):
                 tiles = tpu_tiles.product_tiles(rows, groups, deep, wide, 2, chip)
                 assert wide % tiles.columns == tiles.columns % tiles.block_columns == 0
                 outer = tpu_tiles.outer_tiles(rows, groups, deep, wide, 2, chip)
-                assert deep // chip.cores % outer.depth == wide % outer.columns == outer.depth % outer.block_depth == 0
+                assert outer.depth_parts * outer.column_parts == chip.cores
+                assert deep % (outer.depth_parts * outer.depth) == wide % (outer.column_parts * outer.columns) == 0
+                assert outer.depth % outer.block_depth == 0
+    neither = tpu_tiles.outer_tiles(8192, 8, 1408, 1408, 2, TWO_CORES)  # 11 tiles of 128 both ways
+    assert neither.depth_parts * neither.column_parts == 1
     with pytest.raises(ValueError, match="no tiles of 128 x 128 fit in 1000 bytes"):
         tpu_tiles.product_tiles(128, 1, 128, 128, 2, tpu_tiles.Chip(1, 1000))
 
@@ -164,7 +182,7 @@ def test_compiled_for(chip, product):
     matrices = groups * depth * width
     # Each matrix, row and result once, but rows of a shared tile and the matrix that two cores share twice.
     assert found.hbm_bytes < 1.08 * 2 * (matrices + rows * (depth + width)) or product == "drhs"
-    least = {"v5e": (0.88, 0.85, 0.80), "v5p": (0.86, 0.84, 0.78), "v6e": (0.5, 0.5, 0.4)}  # v6e: bound by HBM
+    least = {"v5e": (0.88, 0.85, 0.83), "v5p": (0.86, 0.84, 0.82), "v6e": (0.5, 0.5, 0.4)}  # v6e: bound by HBM
     assert found.utilization > least[chip][["forward", "dlhs", "drhs"].index(product)]
 
 
