@@ -27,6 +27,8 @@ def rows_tiles(plan: Plan, call: Call, here: Chip) -> ProductTiles:
     for columns in divisors(call.width):
         blocks = [block for block in divisors(columns) if products * call.depth * block <= BODY] or [LANES]
         for most in windows(here):
+            if call.gathered and most > (tpu_gather.HELD - 1) * call.piece:
+                continue  # a window that begins anywhere touches one piece more
             tiles = ProductTiles(most, columns, here.mxu, here.mxu // 4, blocks[0])
             if fits(vmem_bytes(plan, call, tiles), here):
                 moved = call.rows * call.depth * max(call.lhs, 1) * (call.width // columns)

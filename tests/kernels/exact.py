@@ -32,3 +32,28 @@ def products(lhs, rhs, sizes, dout):
         drhs[group] = lhs[rows].T @ dout[rows]
         start += size
     return out, dlhs, drhs
+
+
+def layer(x_MD, weight_MX, expert_MX, gate_EDF, up_EDF, down_EFD, dy_MD):
+    """Output and gradients of a mixture layer with SiLU in float64, token by token; experts that are not here add nothing."""
+    arrays = [np.asarray(array, np.float64) for array in (x_MD, weight_MX, gate_EDF, up_EDF, down_EFD, dy_MD)]
+    x_MD, weight_MX, gate_EDF, up_EDF, down_EFD, dy_MD = arrays
+    y_MD, gradients = np.zeros_like(x_MD), [np.zeros_like(array) for array in arrays[:-1]]
+    dx_MD, dweight_MX, dgate_EDF, dup_EDF, ddown_EFD = gradients
+    for (token, choice), expert in np.ndenumerate(expert_MX):
+        if expert >= len(gate_EDF):
+            continue
+        x, dy, weight = x_MD[token], dy_MD[token], weight_MX[token, choice]
+        gate, up = x @ gate_EDF[expert], x @ up_EDF[expert]
+        sigmoid = 1 / (1 + np.exp(-gate))
+        h = gate * sigmoid * up
+        y_MD[token] += weight * (h @ down_EFD[expert])
+        dh = down_EFD[expert] @ dy
+        dweight_MX[token, choice] = dh @ h
+        ddown_EFD[expert] += np.outer(h, weight * dy)
+        dgate = weight * dh * up * sigmoid * (1 + gate * (1 - sigmoid))
+        dup = weight * dh * gate * sigmoid
+        dgate_EDF[expert] += np.outer(x, dgate)
+        dup_EDF[expert] += np.outer(x, dup)
+        dx_MD[token] += gate_EDF[expert] @ dgate + up_EDF[expert] @ dup
+    return y_MD, *gradients
