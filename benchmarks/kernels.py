@@ -57,8 +57,8 @@ def search(case: Case, chip: str, sizes: Mapping[str, np.ndarray]) -> dict[Backe
     """Upstream's kernels with a few tiles each.
 
     Of megablox the smallest row tile with all tiles of depth and width, and the other row tiles with those that did best for
-    the first kind of sizes. tokamax's kernel is a copy of it but for its own pipeline, which works on one core: what was
-    best for megablox with any sizes, and the same row tiles with the largest tiles of depth and width.
+    the first kind of sizes. tokamax's kernel is a copy of it but for its own pipeline, which works on one core: where the
+    chip has one it gets what was best for megablox with any sizes, else all row tiles, with few and wide columns.
     """
     first, *others = kernel_candidates.row_tiles(case)
     cores = schedule.tensor_cores(chip).count
@@ -71,10 +71,14 @@ def search(case: Case, chip: str, sizes: Mapping[str, np.ndarray]) -> dict[Backe
     found = [one for each in by_place.values() for one in each]
     for tile in others:
         found += attempt(candidate(Backend.MEGABLOX, tile, place), chip, sizes)
-    winners = {fastest(found, kind)[0].tiles for kind in sizes if found}
-    largest = {candidate(Backend.TOKAMAX, tiles[0], 0).tiles for tiles in winners if tiles}
-    theirs = [Candidate(Backend.TOKAMAX, case, tiles) for tiles in sorted(winners | largest, key=str)]
-    tried = [one for each in theirs for one in attempt(each, chip, sizes)]
+    theirs = {fastest(found, kind)[0].tiles for kind in sizes if found}
+    if cores > 1:
+        theirs = {candidate(Backend.TOKAMAX, tile, 0).tiles for tile in (first, *others)}
+    tried = [
+        one
+        for tiles in sorted(theirs, key=str)
+        for one in attempt(Candidate(Backend.TOKAMAX, case, tiles), chip, sizes)
+    ]
     return {Backend.MEGABLOX: found, Backend.TOKAMAX: tried}
 
 
