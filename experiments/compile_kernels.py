@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from kernels.grouped_matmul import gpu, gpu_outer, gpu_product, megablox, tpu, tpu_outer, tpu_product
+from kernels.grouped_matmul import gpu, gpu_outer, gpu_product, megablox, tpu, tpu_mlp, tpu_outer, tpu_product
 from kwaicoder_jax import models
 from kwaicoder_jax.hardware import hlo, work
 from kwaicoder_jax.models import gpu_attention, splash_attention
@@ -17,6 +17,8 @@ def kernel_work(runtime: models.Runtime) -> work.KernelWork:
             return _attention(kernel)
         if kernel.name.startswith("mha_"):
             return _gpu_attention(kernel)
+        if kernel.name in tpu_mlp.KERNELS:
+            return _fused(kernel)
         if kernel.name not in _PRODUCTS and kernel.name not in _OUTERS:
             return kernel.estimate
         # Rows of a buffer that even routing does not fill are not worked on.
@@ -46,6 +48,13 @@ def _gpu_attention(kernel: work.Kernel) -> tuple[float, float]:
     if kernel.name == "mha_preprocess_backward":  # sums of products of two arrays
         return 0.0, 2 * query.nbytes
     return gpu_attention.work(batch, heads, time, width, _itemsize(query), backward=kernel.name == "mha_backward")
+
+
+def _fused(kernel: work.Kernel) -> tuple[float, float] | None:
+    if kernel.estimate is None:
+        return None
+    (sizes, *_), (matrix, *_) = kernel.operands, _of_rank(kernel.operands[1:], 3)[-1:]
+    return tpu_mlp.work(*kernel.estimate, kernel.results[0].shape[0], sizes.shape[0], _itemsize(matrix))
 
 
 def _product(kernel: work.Kernel, filled: float) -> tuple[float, float]:

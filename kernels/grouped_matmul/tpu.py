@@ -79,8 +79,14 @@ def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) 
     """FLOPs and bytes of HBM that `product` executes at worst: every group begins and ends inside a tile."""
     depth, width = padded(depth), padded(width)
     tiles = tpu_tiles.product_tiles(rows, groups, depth, width, itemsize, tpu_tiles.ANY_CHIP)
-    computed = rows + groups * (8 * 4 // itemsize - 1 + tiles.step_rows - 1)
+    computed = computed_rows(rows, groups, itemsize)
     return 2.0 * computed * depth * width, float(itemsize * tiles.moved(rows, groups, depth, width))
+
+
+def computed_rows(rows: int, groups: int, itemsize: int) -> int:
+    """That products of rows take at worst: a group begins anywhere in a sublane tile and ends anywhere in a step."""
+    step = tpu_tiles.ANY_CHIP.mxu // 4
+    return rows + groups * (8 * 4 // itemsize - 1 + step - 1)
 
 
 def outer_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:

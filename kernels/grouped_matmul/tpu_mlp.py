@@ -26,6 +26,7 @@ from kernels.routing import Routing
 from kernels.routing.api import take_rows
 
 GATE_UP, DOWN, GRAD_IN, GRAD_X = "experts_gate_up", "experts_down", "experts_grad_in", "experts_grad_x"
+KERNELS = (GATE_UP, DOWN, GRAD_IN, GRAD_X)
 
 
 def fits(arguments: Arguments) -> bool:
@@ -35,6 +36,11 @@ def fits(arguments: Arguments) -> bool:
     if dtype not in (jnp.bfloat16, jnp.float32) or not arguments.weight_MX.size:
         return False
     return neurons % LANES == 0 and width % (LANES * 4 // dtype.itemsize) == 0
+
+
+def work(flops: float, nbytes: float, rows: int, groups: int, itemsize: int) -> tuple[float, float]:
+    """What one of KERNELS executes at worst, from its own estimate: every group begins and ends inside a tile."""
+    return flops * tpu.computed_rows(rows, groups, itemsize) / max(rows, 1), nbytes
 
 
 def gate_up_plan(activation: Activation, dtype: Any, keep: bool) -> Plan:
