@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu_kernels [--json=FILE] [--shapes=64x2048x1408,...] [--rows=32768,131072] [--disassembler=DIR]
 
-Needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version. Registers, spills and shared memory are what ptxas says; the
-share of tensor-core instructions, in the loop over the contracted axis, is read from machine code, for which DIR/bin has
-nvdisasm (pip install --target=FOLDER nvidia-cuda-nvdisasm; DIR is FOLDER/nvidia/cu13). Executed FLOPs and bytes are counted
-from multinomial sizes of groups (seed 0) by `benchmarks.gpu_tiles_walked`. "upstream" is jax's ragged_dot_mgpu and
+Needs jax-cuda13-plugin and jax-cuda13-pjrt of jax's version. Registers, spills and shared memory are what ptxas says. Two
+columns are read from machine code, for which DIR/bin has nvdisasm (pip install --target=FOLDER nvidia-cuda-nvdisasm; DIR is
+FOLDER/nvidia/cu13): the share of tensor-core instructions in the loop over the contracted axis, branches that are seldom
+taken included, and the FLOPs, in thousands, of a warpgroup there for each of its instructions. Executed FLOPs and bytes are
+counted from multinomial sizes of groups (seed 0) by `benchmarks.gpu_tiles_walked`. "upstream" is jax's ragged_dot_mgpu and
 transposed_ragged_dot_mgpu in tiles of 128 x 128 and 4 steps; "ragged_dot" what XLA makes of jax.lax.ragged_dot.
 """
 
@@ -36,6 +37,7 @@ PRODUCTS = ("forward", "dlhs", "drhs")
 _TILE = 128  # of upstream's kernels
 _COLUMNS = (
     "flops_ratio", "copied_gb", "hbm_gb", "temporary_gb", "registers", "spilled_bytes", "shared_kb", "tensor_share",
+    "loop_kflops",
 )  # fmt: skip
 
 
@@ -115,6 +117,7 @@ def measure(
         row |= {"shared_kb": round(code.shared_bytes / 1024, 1), "waits": code.waits}
         if code.loop:
             row["tensor_share"] = round(code.loop.tensor / code.loop.instructions, 3)
+            row["loop_kflops"] = round(code.loop.flops / code.loop.instructions / 1000, 1)
     least = 2 * (rows * (depth + width) + groups * depth * width)
     row |= {"flops_ratio": round(done.flops / (2 * rows * depth * width), 3), "least_gb": round(least / 1e9, 3)}
     return row | {"copied_gb": round(done.copied_bytes / 1e9, 2), "hbm_gb": round(done.hbm_bytes / 1e9, 3)}

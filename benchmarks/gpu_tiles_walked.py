@@ -41,8 +41,8 @@ class Work(NamedTuple):
 
 def product(sizes: np.ndarray, depth: int, width: int) -> Work:
     """Of our `gpu.product`; columns are those of the output."""
-    rows, groups, wide = int(sizes.sum()), len(sizes), gpu.width_tile(width)
-    tile = gpu.rows_tile(rows, groups)
+    rows, groups = int(sizes.sum()), len(sizes)
+    tile, wide = gpu.product_tile(rows, groups, width)
     visits = gpu_tiles.visits(jnp.asarray(sizes, jnp.int32), rows, tile)
     busy = [(int(g), int(b)) for g, b, own in zip(visits.group, visits.block, np.asarray(visits.rows)) if own]
     strip = gpu_tiles.strip_of(width // wide)
@@ -77,7 +77,7 @@ def outer(sizes: np.ndarray, depth: int, width: int, tile: int | None = None) ->
     """Of our `gpu.outer`, and of jax's `transposed_ragged_dot_mgpu` with its `tile`: both walk groups in steps of 64 rows."""
     ends = np.cumsum(sizes)
     steps = np.where(sizes > 0, -(-ends // gpu_tiles.DEPTH) - (ends - sizes) // gpu_tiles.DEPTH, 0)
-    deep, wide = tile or gpu.width_tile(depth), tile or gpu.width_tile(width)
+    deep, wide = tile or gpu.outer_tile(depth), tile or gpu.outer_tile(width)
     strip = gpu_tiles.strip_of(width // wide)
     tiles = (
         Tile((group, "lhs", row), (group, "dout", column), deep, wide, int(steps[group]) * gpu_tiles.DEPTH)

@@ -16,8 +16,9 @@ from jax import lax
 
 Carry = TypeVar("Carry")
 
-#: Rows of a tile, largest first. Large ones amortise reading the matrix and adding up drhs; the last one is the waste.
-TILES = (512, 128, 32)
+#: Rows of a tile, largest first. Large ones amortise reading the matrix and adding up drhs; a group computes less than the
+#: last one in vain.
+TILES = (512, 128, 32, 8)
 
 
 def for_each_group(

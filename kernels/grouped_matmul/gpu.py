@@ -16,7 +16,8 @@ from kernels.grouped_matmul.gpu_tiles import ALIGNMENT, DEPTH, SMS, strip_of
 
 _ROWS = 128  # of a tile
 _FEW_ROWS = 64  # where groups have no more than a tile on average
-_WIDE = 128  # columns of a tile
+_COLUMNS = (256, 128, DEPTH)  # of a tile of `product`, the first that divides
+_WIDE = 128  # columns and rows of a tile of `outer`
 
 
 def fits(dtype: Any, depth: int, width: int) -> bool:
@@ -30,13 +31,15 @@ def _on_hopper() -> bool:
     return jax.default_backend() != "gpu" or jax.local_devices()[0].compute_capability == "9.0"
 
 
-def rows_tile(rows: int, groups: int) -> int:
-    """Rows of a tile of `product`."""
-    return _ROWS if rows >= _ROWS * max(groups, 1) else _FEW_ROWS
+def product_tile(rows: int, groups: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a tile of `product`. 64 x 64 would leave each of two warpgroups half a swizzled line."""
+    columns = next(size for size in _COLUMNS if width % size == 0)
+    few = rows < _ROWS * max(groups, 1) and columns > DEPTH
+    return _FEW_ROWS if few else _ROWS, columns
 
 
-def width_tile(width: int) -> int:
-    """Columns of a tile, and rows of one of `outer`."""
+def outer_tile(width: int) -> int:
+    """Columns of a tile of `outer`, and its rows."""
     return _WIDE if width % _WIDE == 0 else DEPTH
 
 
@@ -45,7 +48,8 @@ def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) 
 
     Columns of a strip share rows in L2, and the tiles that are worked on at the same time share a matrix.
     """
-    tile, columns = rows_tile(rows, groups), width // width_tile(width)
+    tile, wide = product_tile(rows, groups, width)
+    columns = width // wide
     visits, strip = rows / tile + groups / 2, strip_of(columns)
     reads = max(1.0, visits / groups * strip / SMS)  # of a matrix
     moved = visits * tile * depth * columns / strip + reads * groups * depth * width + rows * width
@@ -54,7 +58,7 @@ def product_work(rows: int, groups: int, depth: int, width: int, itemsize: int) 
 
 def outer_work(rows: int, groups: int, depth: int, width: int, itemsize: int) -> tuple[float, float]:
     """The same of `outer`: a group begins and ends in a step of DEPTH rows that is computed whole."""
-    executed, columns = rows + groups * (DEPTH - 1), width // width_tile(width)
+    executed, columns = rows + groups * (DEPTH - 1), width // outer_tile(width)
     moved = executed * (depth * columns / strip_of(columns) + width) + groups * depth * width
     return 2.0 * executed * depth * width, itemsize * moved
 
@@ -87,9 +91,9 @@ def product(
     rows, depth = lhs_MK.shape
     groups, width = rhs_GKN.shape[0], rhs_GKN.shape[1 if transpose_rhs else 2]
     _check(lhs_MK.dtype, depth, width)
-    tile = rows_tile(rows, groups)
+    tile, columns = product_tile(rows, groups, width)
     out_MN = gpu_product.rows_product(
-        _with_rows(lhs_MK, ALIGNMENT, tile), rhs_GKN, group_sizes_G, rows_tile=tile, width_tile=width_tile(width),
+        _with_rows(lhs_MK, ALIGNMENT, tile), rhs_GKN, group_sizes_G, rows_tile=tile, width_tile=columns,
         transpose_rhs=transpose_rhs, interpret=interpret,
     )  # fmt: skip
     return _clear_tail(out_MN[:rows], group_sizes_G)
@@ -103,5 +107,5 @@ def outer(
     _check(lhs_MK.dtype, depth, width)
     lhs_MK, dout_MN = (_with_rows(x, DEPTH, DEPTH) for x in (lhs_MK, dout_MN))
     return gpu_outer.outer_product(
-        lhs_MK, dout_MN, group_sizes_G, depth_tile=width_tile(depth), width_tile=width_tile(width), interpret=interpret
+        lhs_MK, dout_MN, group_sizes_G, depth_tile=outer_tile(depth), width_tile=outer_tile(width), interpret=interpret
     )

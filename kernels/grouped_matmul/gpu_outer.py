@@ -1,7 +1,13 @@
 """drhs on Hopper (Mosaic GPU): out[g] = lhs[rows of group g]^T @ dout[rows of group g].
 
-One warpgroup a block, persistent over 132 SMs. After jax's own `transposed_ragged_dot_mgpu` (jax 0.10.2, Apache 2.0), which
-loops over all groups in each tile, and masks by multiplication, which NaN passes.
+One warpgroup a block, persistent over 132 SMs. A tile of 128 x 128 of drhs[g] is summed over the group's rows, 64 at a time:
+
+        lhs   64 rows x 128 of K      dout   64 rows x 128 of N      steps begin at multiples of 64 rows; in the first and
+        ------------------------      -------------------------      the last, rows of other groups are set to zero in
+        ########################      #########################      shared memory, in the last of both operands
+
+After jax's own `transposed_ragged_dot_mgpu` (jax 0.10.2, Apache 2.0), which masks by multiplication, which NaN passes, and
+copies over tiles of shared memory that may still be multiplied.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ DEPTH = 64  # of a step of the contracted axis: 128 bytes, the widest swizzle
 STEPS = 4  # in flight
 _STRIP = 16  # at most so many tiles of the output axis are walked before the next tile of rows: what SMs share is in L2
 
+SWIZZLED = (plgpu.TilingTransform((8, DEPTH)), plgpu.SwizzleTransform(2 * DEPTH))  # of a tile in shared memory
 PARAMETERS = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
 
 

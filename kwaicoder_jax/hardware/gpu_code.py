@@ -43,7 +43,7 @@ class Code:
     Attributes:
       name: as its author called it.
       registers: of a thread.
-      spilled_bytes: stores and loads of registers that did not fit, of a thread, and its stack.
+      spilled_bytes: stores and loads of registers that did not fit, of a thread.
       shared_bytes: shared memory of a block.
       threads: of a block.
       waits: `wgmma.wait_group` in the PTX: how many groups may still be in flight there.
@@ -84,11 +84,15 @@ def _code(path: Path) -> Code:
 
 
 def report(text: str) -> tuple[int, int, int]:
-    """Registers, spilled bytes with the stack, and bytes of static shared memory, of what ptxas prints of one kernel."""
-    used = _one(r"Used (\d+) registers", text)
-    spilled = sum(_one(rf"(\d+) bytes {kind}", text) for kind in ("stack frame", "spill stores", "spill loads"))
+    """Registers, spilled bytes, and bytes of static shared memory, of what ptxas prints of one kernel."""
+    used = re.findall(r"Used (\d+) registers", text)
+    spills = re.findall(r"bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    if len(used) != 1 or len(spills) != 1:
+        raise ValueError(
+            f"ptxas tells of {len(used)} counts of registers and {len(spills)} of spills, not one kernel's"
+        )
     static = re.search(r"(\d+) bytes smem", text)
-    return used, spilled, int(static.group(1)) if static else 0
+    return int(used[0]), sum(map(int, spills[0])), int(static.group(1)) if static else 0
 
 
 def launch(text: str) -> tuple[int, int]:
@@ -126,10 +130,3 @@ def _loop(lines: Sequence[str]) -> Loop:
     tensor = [found for each in instructions if (found := _HGMMA.search(each))]
     flops = sum(2 * int(m) * int(n) * int(k) for m, n, k in (each.groups() for each in tensor))
     return Loop(len(instructions), len(tensor), flops)
-
-
-def _one(pattern: str, text: str) -> int:
-    found = re.findall(pattern, text)
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} times {pattern!r} in what ptxas prints, not once")
-    return int(found[0])

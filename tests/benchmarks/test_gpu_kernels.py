@@ -61,4 +61,4 @@ def test_compiled_for_an_h100(shape, product):
     assert row["spilled_bytes"] == 0
     assert row["registers"] <= 65_536 // row["threads"]
     assert 1024 * row["shared_kb"] <= gpu_code.SHARED_LIMIT
-    assert 1 in row["waits"]  # for the products that read what the next copy overwrites
+    assert (1 if product == "drhs" else 0) in row["waits"]  # for the products that read what the next copy overwrites

@@ -20,14 +20,21 @@ def operands(sizes, rows, depth, width):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rows", "depth", "width"),
+    ("sizes", "rows", "depth", "width", "blocks"),
     [
-        ([3, 70, 0, 41, 1, 0, 60], 192, 128, 192),  # tiles of 64 that begin anywhere, empty groups, a tail
-        ([0, 0], 50, 64, 64),  # rows that no tile divides, and none in a group
-        ([0, 300, 0], 300, 64, 64),  # several whole tiles and a part
+        ([3, 70, 0, 41], 120, 128, 128, 2),  # tiles of 64 rows that begin anywhere, halves of their columns, a tail
+        ([0, 0], 50, 64, 64, 1),  # rows that no tile divides, and none in a group
+        (
+            [0, 203, 90],
+            300,
+            64,
+            256,
+            1,
+        ),  # several tiles of 128 rows, whole and in part, in halves of rows, and wide ones
     ],
 )
-def test_interpreted_against_float64(sizes, rows, depth, width, monkeypatch):
+def test_interpreted_against_float64(sizes, rows, depth, width, blocks, monkeypatch):
+    monkeypatch.setattr(gpu_product, "SMS", blocks)  # each is compiled anew where it has several warpgroups
     lhs, rhs, dout = operands(sizes, rows, depth, width)
     wanted = exact.products(lhs, rhs, sizes, dout)
     used = sum(sizes)
@@ -145,7 +152,7 @@ def test_another_gpu_is_left_to_xla(monkeypatch):
 
 def test_the_work_is_that_of_random_groups():
     rows, groups, (depth, width) = 65_536, 64, EXPERTS[0]
-    tile = gpu.rows_tile(rows, groups)
+    tile, _ = gpu.product_tile(rows, groups, width)
     rng, visited, steps = np.random.default_rng(0), [], []
     for _ in range(20):
         sizes = rng.multinomial(rows, rng.dirichlet(np.full(groups, 50.0)))
@@ -163,7 +170,7 @@ def test_the_work_is_that_of_random_groups():
 
 @pytest.mark.parametrize("product", ["forward", "drhs"])
 def test_a_tile_is_not_copied_over_while_it_is_multiplied(product):
-    """Interpreted products are not asynchronous; on the GPU the loop has to wait for those of the step before."""
+    """Interpreted products are not asynchronous; on the GPU the loop has to wait for them before it copies."""
     lhs, rhs = jnp.zeros((128, 128), jnp.bfloat16), jnp.zeros((2, 128, 64), jnp.bfloat16)
     call = {"forward": gpu.product, "drhs": gpu.outer}[product]
     text = str(jax.make_jaxpr(call)(lhs, rhs if product == "forward" else lhs, jnp.asarray([64, 64])))

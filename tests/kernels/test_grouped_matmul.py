@@ -94,13 +94,7 @@ def test_one_group_and_many(backend, groups):
     _check(backend, sizes, 160)
 
 
-# One program each, since sizes are known at run time only.
-_PATTERNS = [
-    pytest.param(backend, marks=() if backend == Backend.CPU else pytest.mark.slow) for backend in exact.BACKENDS
-]
-
-
-@pytest.mark.parametrize("backend", _PATTERNS)
+@pytest.mark.parametrize("backend", exact.BACKENDS)  # one program each: sizes are known at run time only
 def test_every_pattern_of_empty_groups(backend):
     for pattern in range(256):
         _check(backend, [11 * (pattern >> group & 1) for group in range(8)], 90)

@@ -35,10 +35,15 @@ def test_without_a_disassembler(tmp_path):
     assert code.registers == 158
 
 
+# Of jax's ragged_dot_mgpu for 256 groups, over which it unrolls.
+SPILLING = """ptxas warning : Registers are spilled to local memory, 696 bytes spill stores, 696 bytes spill loads
+ptxas info    : 0 bytes gmem
+    696 bytes stack frame, 696 bytes spill stores, 696 bytes spill loads
+ptxas info    : Used 255 registers, used 2 barriers, 696 bytes cumulative stack size, 1 bytes smem"""
+
+
 def test_spills_are_seen():
-    text = (DUMP / "grouped_product_gpu_0.ptxas").read_text()
-    spilling = text.replace("0 bytes spill stores, 0 bytes spill loads", "24 bytes spill stores, 28 bytes spill loads")
-    assert gpu_code.report(spilling)[1] == 52
+    assert gpu_code.report(SPILLING) == (255, 1392, 1)
 
 
 def test_no_loop_and_nested_loops():
@@ -52,7 +57,7 @@ def test_no_loop_and_nested_loops():
 def test_what_is_missing_or_reads_otherwise_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no compiled kernel; set MOSAIC_GPU_DUMP_TO before"):
         gpu_code.read(tmp_path)
-    with pytest.raises(ValueError, match="0 times 'Used "):
+    with pytest.raises(ValueError, match="0 counts of registers and 0 of spills"):
         gpu_code.report("ptxas info: another format")
     with pytest.raises(ValueError, match="no launch with constant sizes"):
         gpu_code.launch("module {}")
