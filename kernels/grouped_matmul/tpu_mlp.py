@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from kernels.grouped_matmul import tpu, tpu_fused_tiles, tpu_gather, tpu_tiles
 from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved, gated
@@ -125,8 +126,10 @@ def forward(
     )  # fmt: skip
     y_R1W = _packed_rows(DOWN, [h_RF], [down_EFD], sizes_E, width, False, here, how)
     y_MD = sum_rows(y_R1W, routing.row_MX, weight_MX, dtype, here=here, interpret=how.get("interpret", False))
-    rows = routing.slot_R.shape[0]
-    return y_MD, Saved(*(each[:rows] for each in saved)) if keep else None
+    if not keep:
+        return y_MD, None
+    # Behind a barrier: XLA would merge the kernel with what stacks these over layers, and forget how much VMEM it may have.
+    return y_MD, Saved(*lax.optimization_barrier(tuple(each[: routing.slot_R.shape[0]] for each in saved)))
 
 
 def backward(
