@@ -33,6 +33,5 @@ def sort_by_expert(expert_MX: jax.Array, experts: int) -> tuple[jax.Array, jax.A
     else:
         slot_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
     row_R = jnp.zeros_like(slots_R).at[slot_R].set(slots_R, unique_indices=True, mode="promise_in_bounds")
-    experts_1E = jnp.arange(experts, dtype=jnp.int32).reshape(1, -1)
-    sizes_E = jnp.sum(expert_R.reshape(-1, 1) == experts_1E, axis=0, dtype=jnp.int32)
+    sizes_E = jnp.zeros(experts, jnp.int32).at[expert_R].add(1, mode="drop")  # not `experts` itself
     return slot_R, row_R.reshape(expert_MX.shape), sizes_E
