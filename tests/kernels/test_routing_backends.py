@@ -15,6 +15,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels import routing
 from kernels.routing import Backend, reference, tpu, tpu_kernels, xla
 from kwaicoder_jax.hardware import schedule
+from kwaicoder_jax.hardware.schedule.compilation import compile_text, lower
+from kwaicoder_jax.hardware.schedule.prediction import kernel_of
 
 STRICT = {"detect_races": True, "uninitialized_memory": "nan", "out_of_bounds_reads": "raise"}
 BACKENDS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -194,11 +196,8 @@ def test_what_is_refused():
 
 
 def compiled(chip, tokens, experts, choices):
-    def function(scores):
-        score, expert = routing.top_experts(scores, choices, backend="tpu")
-        return score, routing.sort_by_expert(expert, experts, backend="tpu")
-
     scores = jax.ShapeDtypeStruct((tokens, experts), jnp.float32)
+    function = functools.partial(by_kernels, choices=choices)
     kernels = schedule.compile_kernels(function, [scores], chip=chip, kernel="routing_")
     return {each.name.split(".")[0]: each.predict() for each in kernels}
 
@@ -223,3 +222,36 @@ def test_compiled_for(shape):
     assert found[tpu_kernels.TOP].seconds < 1.1e-6 * top
     assert found[tpu_kernels.PLACES].seconds < 1.1e-6 * places
     assert found[tpu_kernels.TOP].cores_used == found[tpu_kernels.PLACES].cores_used == cores
+
+
+def by_kernels(scores, choices):
+    score, expert = routing.top_experts(scores, choices, backend="tpu")
+    return score, expert, routing.sort_by_expert(expert, scores.shape[1], backend="tpu")
+
+
+def by_xla(scores, choices):
+    """What the model did before: top_k, a sort of packed keys, a scatter, a sum over comparisons."""
+    score, expert = jax.lax.top_k(scores, choices)
+    flat, slots = expert.reshape(-1), jnp.arange(expert.size, dtype=jnp.int32)
+    slot_R = jax.lax.sort(flat * flat.size + slots, is_stable=False) % flat.size
+    row_R = jnp.zeros_like(slots).at[slot_R].set(slots, unique_indices=True, mode="promise_in_bounds")
+    sizes_E = jnp.sum(flat[:, None] == jnp.arange(scores.shape[1])[None], axis=0, dtype=jnp.int32)
+    return score, expert, slot_R, row_R.reshape(expert.shape), sizes_E
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["v5e", "v5p"])
+@pytest.mark.parametrize("shape", [(4096, 64), (16_384, 64), (16_384, 256)], ids=str)
+def test_against_xla(chip, shape):
+    """All that XLA compiles is read in the way that kernels are, one operation after the other."""
+    cores = schedule.tensor_cores(chip)
+    took = {}
+    for function in (by_kernels, by_xla):
+        text = lower(functools.partial(function, choices=8), [jax.ShapeDtypeStruct(shape, jnp.float32)], cores)
+        dumps = compile_text(text, cores)
+        found = {name: kernel_of(dump, cores).predict() for name, dump in dumps.items() if name != "TLP"}
+        took[function] = sum(each.seconds for each in found.values())
+        moved = sum(each.hbm_bytes for each in found.values()) / 1e6
+        longest = sorted(((round(1e6 * each.seconds, 1), name) for name, each in found.items()), reverse=True)[:4]
+        print(chip, shape, function.__name__, f"{1e6 * took[function]:.0f} us, {moved:.1f} MB in HBM", longest)
+    assert took[by_kernels] < 0.25 * took[by_xla]
