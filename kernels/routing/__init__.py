@@ -1,5 +1,17 @@
-"""Rows from token order to expert order and back: `api`; between devices: `exchange`; with a limit: `capacity`."""
+"""Tokens to experts and back: `api`, its moves in `moves`; between devices: `exchange`; with a limit: `capacity`."""
 
-from kernels.routing.api import ORDER, Routing, combine, permute, sort_by_expert
+from kernels.routing.api import (
+    ORDER,
+    PLATFORMS,
+    Backend,
+    Routing,
+    combine,
+    permute,
+    sort_by_expert,
+    take_experts,
+    top_experts,
+)
 
-__all__ = ["ORDER", "Routing", "combine", "permute", "sort_by_expert"]
+__all__ = [
+    "ORDER", "PLATFORMS", "Backend", "Routing", "combine", "permute", "sort_by_expert", "take_experts", "top_experts",
+]  # fmt: skip

@@ -1,133 +1,158 @@
-"""Sorting tokens by expert, and the two moves between token order and expert order.
+"""Choosing experts, and sorting tokens by expert.
 
-Dimension letters: M tokens, X experts per token, R = M * X rows, E experts, D model.
-
-Both moves are gathers, forward and backward: the transpose of a gather by a permutation is the gather by its inverse,
-which costs no scatter-add (slow on every back end, and on a GPU not deterministic).
+Dimension letters: M tokens, X experts per token, R = M * X rows, E experts.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import enum
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.routing import reference, tpu, xla
+from kernels.routing.moves import Routing, combine, permute, take_rows, weighted_sum
+
+__all__ = [
+    "ORDER", "PLATFORMS", "Backend", "Routing", "combine", "permute", "sort_by_expert", "take_experts", "take_rows",
+    "top_experts", "weighted_sum",
+]  # fmt: skip
+
 ORDER = "order"  # name of a Routing, for `jax.checkpoint` policies
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Routing:
-    """Where each (token, choice) pair stands once rows are sorted by expert.
+class Backend(enum.StrEnum):
+    """Which implementation chooses and sorts; the results are the same to the bit."""
 
-    Attributes:
-      slot_R: the pair, token * X + choice, that sorted row r holds (the permutation).
-      row_MX: the sorted row of each pair (its inverse).
-      group_sizes_E: rows of each expert, int32. Less than R in total if some experts are out of range.
+    AUTO = "auto"  # the best one for the platform that the computation is compiled for
+    TPU = "tpu"  # our Pallas kernels; up to 1024 experts and 32 choices
+    XLA = "xla"  # jax.lax.top_k, a sort, gathers and scatters; compiles everywhere, fast on CPU
+    REFERENCE = "reference"  # stable sorts and one-hot masks, to be read
+
+
+#: Back ends that run on one platform alone, as jax names it, and compile on no other.
+PLATFORMS = {Backend.TPU: "tpu"}
+
+
+def top_experts(
+    scores_ME: jax.Array, choices: int, *, backend: Backend | str = Backend.AUTO
+) -> tuple[jax.Array, jax.Array]:
+    """The X experts with the highest scores, the best first, among equals the one with the lowest index.
+
+    On every back end in the total order of IEEE 754, as in `jax.lax.top_k`: -0 is below +0, a NaN above infinity or, with
+    its sign set, below minus infinity. Every token is given X different experts, whatever its scores are.
+
+    Args:
+      scores_ME: float32; the result is differentiable in them.
+      choices: X, at most E.
+      backend: a Backend or its value.
+
+    Returns:
+      Scores and experts (int32), [M, X].
+
+    Raises:
+      ValueError: another shape or dtype, more choices than experts, or a back end that cannot do so many.
     """
-
-    slot_R: jax.Array
-    row_MX: jax.Array
-    group_sizes_E: jax.Array
-
-    @property
-    def token_R(self) -> jax.Array:
-        """The token that sorted row r holds."""
-        return self.slot_R // self.row_MX.shape[1]
+    if scores_ME.ndim != 2 or scores_ME.dtype != jnp.float32 or not 1 <= choices <= scores_ME.shape[1]:
+        what = f"{scores_ME.dtype} {scores_ME.shape} and {choices} choices"
+        raise ValueError(f"need float32 scores [M, E] and 1 to E choices; got {what}")
+    return _top(Backend(backend), scores_ME.shape[1], choices, scores_ME)
 
 
-def sort_by_expert(experts_MX: jax.Array, num_experts: int) -> Routing:
-    """Sorts the M * X (token, choice) pairs by expert, stably: within an expert, by token.
+def take_experts(x_ME: jax.Array, expert_MX: jax.Array, *, backend: Backend | str = Backend.AUTO) -> jax.Array:
+    """What `x_ME` has for the experts of each token, [M, X]; differentiable in `x_ME`.
+
+    Args:
+      x_ME: any float dtype.
+      expert_MX: different experts for each token, int32 in [0, E).
+      backend: a Backend or its value.
+    """
+    return _take(Backend(backend), x_ME.shape[1], x_ME, expert_MX)
+
+
+def sort_by_expert(experts_MX: jax.Array, num_experts: int, *, backend: Backend | str = Backend.AUTO) -> Routing:
+    """Sorts the M * X (token, choice) pairs by expert, stably: within an expert, by token, then by choice.
 
     Args:
       experts_MX: expert of each pair, integers in [0, num_experts). The value num_experts is allowed too and means
         "none of these": such rows are sorted last and belong to no group (experts that live on another device).
       num_experts: E.
+      backend: a Backend or its value.
+
+    Raises:
+      ValueError: a back end that cannot do so many.
     """
-    pairs = experts_MX.size
-    expert_R = experts_MX.reshape(-1).astype(jnp.int32)
-    slots_R = jnp.arange(pairs, dtype=jnp.int32)
-    if (num_experts + 1) * pairs < 2**31:
-        # One integer that carries both keys sorts three times as fast on CPU as a stable sort of pairs.
-        slot_R = jax.lax.sort(expert_R * pairs + slots_R, is_stable=False) % pairs
-    else:
-        slot_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
-    row_R = jnp.zeros_like(slots_R).at[slot_R].set(slots_R, unique_indices=True, mode="promise_in_bounds")
-    experts_1E = jnp.arange(num_experts, dtype=jnp.int32).reshape(1, -1)
-    group_sizes_E = jnp.sum(expert_R.reshape(-1, 1) == experts_1E, axis=0, dtype=jnp.int32)
-    return jax.tree.map(
-        lambda x: checkpoint_name(x, ORDER), Routing(slot_R, row_R.reshape(experts_MX.shape), group_sizes_E)
-    )
+
+    def by(module: ModuleType) -> Callable[..., Any]:
+        return functools.partial(module.sort_by_expert, experts=num_experts)
+
+    sorted_ = _dispatch(Backend(backend), num_experts, experts_MX.shape[1], by, experts_MX.astype(jnp.int32))
+    return jax.tree.map(lambda x: checkpoint_name(x, ORDER), Routing(*sorted_))
 
 
-def take_rows(rows_RD: jax.Array, index_N: jax.Array) -> jax.Array:
-    """rows_RD[index_N] without bounds checks."""
-    return rows_RD.at[index_N].get(mode="promise_in_bounds")
+_BACKENDS = {Backend.TPU: tpu, Backend.XLA: xla, Backend.REFERENCE: reference}
 
 
-def weighted_sum(rows_RD: jax.Array, row_MX: jax.Array, weight_MX: jax.Array | None = None) -> jax.Array:
-    """sum over x of weight_MX * rows_RD[row_MX], accumulated in float32: [M, D] float32.
-
-    One gather per choice, so that no [M, X, D] array is made.
-    """
-    total_MD = jnp.zeros((row_MX.shape[0], rows_RD.shape[1]), jnp.float32)
-    for choice in range(row_MX.shape[1]):
-        chosen_MD = take_rows(rows_RD, row_MX[:, choice]).astype(jnp.float32)
-        total_MD = total_MD + (chosen_MD if weight_MX is None else chosen_MD * weight_MX[:, choice, None])
-    return total_MD
-
-
-@jax.custom_vjp
-def permute(x_MD: jax.Array, routing: Routing) -> jax.Array:
-    """Copies each token's row to its X places in expert order: [R, D], in the dtype of `x_MD`."""
-    return take_rows(x_MD, routing.token_R)
+def _dispatch(
+    backend: Backend, experts: int, choices: int, function_of: Callable[[ModuleType], Callable[..., Any]],
+    *operands: jax.Array,
+) -> Any:  # fmt: skip
+    if backend is not Backend.AUTO:
+        return function_of(_BACKENDS[backend])(*operands)
+    if not tpu.fits(experts, choices):
+        return function_of(xla)(*operands)
+    return jax.lax.platform_dependent(*operands, tpu=function_of(tpu), default=function_of(xla))
 
 
-def _permute_forward(x_MD: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
-    return permute(x_MD, routing), routing
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _top(backend: Backend, experts: int, choices: int, scores_ME: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def by(module: ModuleType) -> Callable[..., Any]:
+        return functools.partial(module.top_experts, choices=choices)
+
+    return _dispatch(backend, experts, choices, by, scores_ME)
 
 
-def _permute_backward(routing: Routing, dout_RD: jax.Array) -> tuple[jax.Array, None]:
-    return weighted_sum(dout_RD, routing.row_MX).astype(dout_RD.dtype), None
+def _top_forward(backend: Backend, experts: int, choices: int, scores_ME: jax.Array) -> tuple[Any, jax.Array]:
+    score_MX, expert_MX = _top(backend, experts, choices, scores_ME)
+    return (score_MX, expert_MX), expert_MX
 
 
-permute.defvjp(_permute_forward, _permute_backward)
+def _top_backward(
+    backend: Backend, experts: int, choices: int, expert_MX: jax.Array, gradients: tuple[jax.Array, Any]
+) -> tuple[jax.Array]:
+    return (_spread(backend, experts, gradients[0], expert_MX),)
 
 
-@jax.custom_vjp
-def combine(rows_RD: jax.Array, weight_MX: jax.Array, routing: Routing) -> jax.Array:
-    """Brings rows back to token order and adds each token's X rows, weighted.
-
-    Args:
-      rows_RD: rows in expert order.
-      weight_MX: combine weights, float32.
-      routing: how the rows were sorted.
-
-    Returns:
-      [M, D], accumulated in float32, in the dtype of `rows_RD`.
-    """
-    return weighted_sum(rows_RD, routing.row_MX, weight_MX.astype(jnp.float32)).astype(rows_RD.dtype)
+_top.defvjp(_top_forward, _top_backward)
 
 
-_CombineResiduals = tuple[jax.Array, jax.Array, Routing]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _take(backend: Backend, experts: int, x_ME: jax.Array, expert_MX: jax.Array) -> jax.Array:
+    return _dispatch(backend, experts, expert_MX.shape[1], lambda module: module.take, x_ME, expert_MX)
 
 
-def _combine_forward(rows_RD: jax.Array, weight_MX: jax.Array, routing: Routing) -> tuple[jax.Array, _CombineResiduals]:
-    return combine(rows_RD, weight_MX, routing), (rows_RD, weight_MX, routing)
+def _take_forward(backend: Backend, experts: int, x_ME: jax.Array, expert_MX: jax.Array) -> tuple[Any, jax.Array]:
+    return _take(backend, experts, x_ME, expert_MX), expert_MX
 
 
-def _combine_backward(residuals: _CombineResiduals, dout_MD: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    rows_RD, weight_MX, routing = residuals
-    dout32_MD = dout_MD.astype(jnp.float32)
-    weight_R = take_rows(weight_MX.astype(jnp.float32).reshape(-1), routing.slot_R)
-    drows_RD = take_rows(dout32_MD, routing.token_R) * weight_R[:, None]
-    dweight = [
-        jnp.sum(take_rows(rows_RD, routing.row_MX[:, choice]).astype(jnp.float32) * dout32_MD, axis=-1)
-        for choice in range(weight_MX.shape[1])
-    ]
-    return drows_RD.astype(rows_RD.dtype), jnp.stack(dweight, axis=-1).astype(weight_MX.dtype), None
+def _take_backward(
+    backend: Backend, experts: int, expert_MX: jax.Array, gradient_MX: jax.Array
+) -> tuple[jax.Array, None]:
+    return _spread(backend, experts, gradient_MX, expert_MX), None
 
 
-combine.defvjp(_combine_forward, _combine_backward)
+_take.defvjp(_take_forward, _take_backward)
+
+
+def _spread(backend: Backend, experts: int, x_MX: jax.Array, expert_MX: jax.Array) -> jax.Array:
+    """[M, E]: x_MX in the columns of its experts, zeros elsewhere."""
+
+    def by(module: ModuleType) -> Callable[..., Any]:
+        return functools.partial(module.spread, experts=experts)
+
+    return _dispatch(backend, experts, expert_MX.shape[1], by, x_MX, expert_MX)

@@ -6,12 +6,32 @@ import jax
 import jax.numpy as jnp
 
 
-def sort_by_expert(experts_MX: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def top_experts(scores_ME: jax.Array, choices: int) -> tuple[jax.Array, jax.Array]:
+    """Scores and experts of the first `choices` in a stable sort by falling score, in the total order of IEEE 754."""
+    bits_ME = jax.lax.bitcast_convert_type(scores_ME, jnp.int32)
+    rising_ME = jnp.where(bits_ME < 0, bits_ME ^ 0x7FFFFFFF, bits_ME)
+    expert_MX = jnp.argsort(~rising_ME, axis=1, stable=True)[:, :choices].astype(jnp.int32)  # ~n = -n - 1
+    return jnp.take_along_axis(scores_ME, expert_MX, axis=1), expert_MX
+
+
+def take(x_ME: jax.Array, expert_MX: jax.Array) -> jax.Array:
+    """x_ME[m, expert_MX[m, x]]."""
+    return jnp.take_along_axis(x_ME, expert_MX, axis=1)
+
+
+def spread(x_MX: jax.Array, expert_MX: jax.Array, experts: int) -> jax.Array:
+    """The transpose of `take`."""
+    is_chosen_MXE = jax.nn.one_hot(expert_MX, experts, dtype=jnp.bool_)
+    return jnp.sum(jnp.where(is_chosen_MXE, x_MX[:, :, None], 0), axis=1)
+
+
+def sort_by_expert(expert_MX: jax.Array, experts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The permutation, its inverse [M, X] and the group sizes [E]."""
-    expert_R = experts_MX.reshape(-1)
+    expert_R = expert_MX.reshape(-1)
     slot_R = jnp.argsort(expert_R, stable=True)
     row_R = jnp.argsort(slot_R, stable=True)
-    return slot_R, row_R.reshape(experts_MX.shape), jnp.bincount(expert_R, length=num_experts + 1)[:num_experts]
+    sizes_E = jnp.sum(jax.nn.one_hot(expert_R, experts, dtype=jnp.int32), axis=0)
+    return slot_R.astype(jnp.int32), row_R.astype(jnp.int32).reshape(expert_MX.shape), sizes_E
 
 
 def permute(x_MD: jax.Array, row_MX: jax.Array) -> jax.Array:

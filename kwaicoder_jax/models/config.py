@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from kernels import grouped_matmul
+from kernels import grouped_matmul, routing
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.attention_config import MlaConfig, QkNorm, RopeKind, RopeScaling
 from kwaicoder_jax.models.attention_ops import AttentionBackend
@@ -178,6 +178,7 @@ class Runtime:
       scan_unroll: layers per iteration of the scan over layers; 0 unrolls them all.
       attention: back end of attention, see `attention_ops.AttentionBackend`.
       experts: back end of the grouped matmul, see `kernels.grouped_matmul.Backend`.
+      routing: back end of the choice of experts and of the sort by expert, see `kernels.routing.Backend`.
       dispatch: a value of Dispatch.
       expert_buffer: with Dispatch.TOKENS and EXCHANGE, rows that a device works on at once, over those of even routing.
         What is beyond is done in further passes, with work done twice.
@@ -192,6 +193,7 @@ class Runtime:
     scan_unroll: int = 1
     attention: str = "auto"
     experts: str = "auto"
+    routing: str = "auto"
     dispatch: str = Dispatch.WEIGHTS
     expert_buffer: float = 1.5
     scatter_stage: int = 0
@@ -205,16 +207,20 @@ class Runtime:
             "dispatch": Dispatch,
             "attention": AttentionBackend,
             "experts": grouped_matmul.Backend,
+            "routing": routing.Backend,
             "quantization": Quantization,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in list(allowed):
                 remedy = f"use {', '.join(allowed)}"
                 raise UserError(f"no choice {getattr(self, name)!r}", where=f"runtime.{name}", remedy=remedy)
-        needed = grouped_matmul.PLATFORMS.get(grouped_matmul.Backend(self.experts))
-        if self.platform is not None and needed not in (None, self.platform):
-            what, remedy = f"{self.experts!r} runs on {needed} alone, this is {self.platform}", "use auto"
-            raise UserError(what, where="runtime.experts", remedy=remedy)
+        for name, needed in (
+            ("experts", grouped_matmul.PLATFORMS.get(grouped_matmul.Backend(self.experts))),
+            ("routing", routing.PLATFORMS.get(routing.Backend(self.routing))),
+        ):
+            if self.platform is not None and needed not in (None, self.platform):
+                what = f"{getattr(self, name)!r} runs on {needed} alone, this is {self.platform}"
+                raise UserError(what, where=f"runtime.{name}", remedy="use auto")
         object.__setattr__(self, "remat", Remat(self.remat))
         object.__setattr__(self, "dispatch", Dispatch(self.dispatch))
         object.__setattr__(self, "quantization", Quantization(self.quantization))

@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from kernels import grouped_matmul, routing
 from kwaicoder_jax.models import expert_biases, expert_statistics
@@ -51,13 +52,20 @@ Choice = tuple[jax.Array, jax.Array, jax.Array]  # combine weights, expert indic
 _Rest = tuple[Choice, expert_statistics.ExpertSums | None]
 
 
-def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig, selection_ME: jax.Array | None = None) -> Choice:
+def choose_experts(
+    logits_ME: jax.Array,
+    experts: ExpertsConfig,
+    selection_ME: jax.Array | None = None,
+    *,
+    backend: routing.Backend | str = routing.Backend.AUTO,
+) -> Choice:
     """Selects X experts per token from float32 logits; among equals the lowest index wins.
 
     Args:
       logits_ME: router logits.
       experts: the mixture.
       selection_ME: what to rank the experts by; the logits unless given (see `selection`). Weights do not depend on it.
+      backend: of the selection; all of them select the same.
 
     Returns:
       Combine weights [M, X] (float32), expert indices [M, X] (int32), routing probabilities over all experts [M, E].
@@ -68,14 +76,14 @@ def choose_experts(logits_ME: jax.Array, experts: ExpertsConfig, selection_ME: j
     else:
         probability_ME = jax.nn.softmax(logits_ME, axis=-1)
     if selection_ME is None:
-        top_MX, index_MX = jax.lax.top_k(logits_ME, experts.experts_per_token)
+        top_MX, index_MX = routing.top_experts(logits_ME, experts.experts_per_token, backend=backend)
     else:
-        _, index_MX = jax.lax.top_k(selection_ME, experts.experts_per_token)
-        top_MX = jnp.take_along_axis(logits_ME, index_MX, axis=-1)
+        _, index_MX = routing.top_experts(selection_ME, experts.experts_per_token, backend=backend)
+        top_MX = routing.take_experts(logits_ME, index_MX, backend=backend)
     if experts.router is Router.TOPK_SOFTMAX:
         weight_MX = jax.nn.softmax(top_MX, axis=-1)
     elif experts.router is not Router.SIGMOID:
-        weight_MX = jnp.take_along_axis(probability_ME, index_MX, axis=-1)
+        weight_MX = routing.take_experts(probability_ME, index_MX, backend=backend)
         if experts.router is Router.SOFTMAX_TOPK_RENORMALISED:
             weight_MX = weight_MX / jnp.sum(weight_MX, axis=-1, keepdims=True)
     else:
@@ -188,15 +196,15 @@ class MoE(nn.Module):
         if e.bias:
             x_MD, weights = expert_biases.with_one(x_MD), expert_biases.widened(weights, *self._biases())
 
-        wanted, backend = recording(self), self.runtime.experts
+        wanted, backend, routing_backend = recording(self), self.runtime.experts, self._routing_backend(x_BTD, mesh)
 
         def route_and_compute(
             router: _Router, x_MD: jax.Array, gate_EDF: jax.Array, up_EDF: jax.Array, down_EFD: jax.Array
         ) -> tuple[jax.Array, _Rest]:
             weights = (gate_EDF, up_EDF, down_EFD)
             logits_ME, ranked_by_ME, mask_M = router
-            choice = choose_experts(logits_ME, e, ranked_by_ME)
-            order = routing.sort_by_expert(choice[1], e.num_experts)
+            choice = choose_experts(logits_ME, e, ranked_by_ME, backend=routing_backend)
+            order = routing.sort_by_expert(choice[1], e.num_experts, backend=routing_backend)
             if mask_M is None:
                 return grouped_matmul.expert_mlp(x_MD, choice[0], order, *weights, backend=backend), (choice, None)
             axis = neuron_axis(mesh, e.mlp_dim + e.bias)
@@ -210,14 +218,14 @@ class MoE(nn.Module):
         router = (logits_ME, selection(logits_ME, bias_E, e), mask_M if wanted else None)
         dropped = None
         if self.capacity_factor is not None:
-            choice = choose_experts(logits_ME, e, router[1])
+            choice = self._choose(mesh, routing_backend, *router[:2])
             rest: _Rest = (choice, None)
             y_MD, dropped = capped_experts(
                 mesh, choice[:2], x_MD, weights, mask_BT, factor=self.capacity_factor,
                 gather_weights=self.runtime.dispatch is Dispatch.WEIGHTS, stage=self.runtime.scatter_stage,
             )  # fmt: skip
         elif not wanted and self.runtime.dispatch is not Dispatch.WEIGHTS and expert_shares(mesh, e.num_experts) > 1:
-            choice = choose_experts(logits_ME, e, router[1])
+            choice = self._choose(mesh, routing_backend, *router[:2])
             rest = (choice, None)
             y_MD = self._by_tokens(mesh, choice[:2], x_MD, weights)
         else:
@@ -237,6 +245,26 @@ class MoE(nn.Module):
             store(self, "expert_neurons", jax.tree.map(lambda sums_EF: sums_EF[:, : e.mlp_dim], neurons))
         y_BTD = in_rows(y_MD).astype(c.dtype)
         return (y_BTD + self._shared(x_BTD, mask_BT) if e.shared_mlp_dim else y_BTD), statistics
+
+    def _routing_backend(self, x_BTD: jax.Array, mesh: Any) -> str:
+        """XLA's where tokens are on several devices and XLA divides the work: it cannot divide a kernel."""
+        everywhere = jax.typeof(x_BTD).sharding.mesh
+        by_xla = mesh is None and everywhere.size > 1 and AxisType.Auto in everywhere.axis_types
+        return routing.Backend.XLA if by_xla and self.runtime.routing == "auto" else self.runtime.routing
+
+    def _choose(self, mesh: Any, backend: str, logits_ME: jax.Array, ranked_by_ME: jax.Array | None) -> Choice:
+        """Each device chooses for its own tokens."""
+        e = self.config.experts
+        assert e is not None
+
+        def local(logits_ME: jax.Array, ranked_by_ME: jax.Array | None) -> Choice:
+            return choose_experts(logits_ME, e, ranked_by_ME, backend=backend)
+
+        if mesh is None:
+            return local(logits_ME, ranked_by_ME)
+        spread = PartitionSpec(token_axes(mesh))
+        on_shards = jax.shard_map(local, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
+        return on_shards(logits_ME, ranked_by_ME)
 
     def _by_tokens(self, mesh: Any, choice: tuple[jax.Array, jax.Array], x_MD: jax.Array, weights: Any) -> jax.Array:
         """Expert parallelism: each device computes its own experts, for the tokens of its expert group."""

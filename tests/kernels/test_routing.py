@@ -79,6 +79,18 @@ def test_moves_and_their_gradients_against_float64(dtype):
     np.testing.assert_array_equal(f64(permuted_RD), f64(reference.permute(x_MD, order.row_MX)))
 
 
+def test_combine_within_half_an_ulp_a_choice():
+    """Of the sum of magnitudes: X products and X - 1 additions round once each, in float32."""
+    tokens, choices, experts = 64, 8, 16
+    rng = np.random.default_rng(4)
+    order = routing.sort_by_expert(jnp.asarray(_experts(4, tokens, choices, experts)), experts)
+    rows_RD = rng.normal(size=(tokens * choices, 5)).astype(np.float32)
+    weight_MX = rng.random((tokens, choices)).astype(np.float32)
+    chosen_MXD = rows_RD.astype(np.float64)[np.asarray(order.row_MX)] * weight_MX.astype(np.float64)[:, :, None]
+    error = np.abs(np.asarray(routing.combine(jnp.asarray(rows_RD), jnp.asarray(weight_MX), order)) - chosen_MXD.sum(1))
+    assert np.all(error <= choices * 2.0**-24 * np.abs(chosen_MXD).sum(1))
+
+
 def test_no_scatter_of_rows_in_any_direction():
     order = routing.sort_by_expert(jnp.asarray(_experts(0, 16, 2, 4)), 4)
 

@@ -110,6 +110,7 @@ class Translator:
         self.allocations: dict[str, int] = {}
         self.operands: dict[int, Operand] = {}
         self._popped: dict[str, int] = {}  # results that were taken of each division so far
+        self._spaces: dict[str, str] = {}  # of pointers
 
     def statement(self, operation: str, comment: str) -> Statement | None:
         """Of one operation; None if nothing follows from it. DumpError if it is not known.
@@ -125,6 +126,8 @@ class Translator:
         if _IGNORED.match(name):
             return None
         target = f"{kind}{number}" if kind else f"t{anonymous}"
+        if pointer := re.fullmatch(r"(?:int_to_ptr|scalar_lea)\.(\w+)", name):
+            self._spaces[target] = pointer.group(1)
         rest = re.sub(r"\[(?:thread|resolvable):\S+\]", "", rest)
         predicate = _PREDICATE.search(rest)
         if predicate:
@@ -160,7 +163,9 @@ class Translator:
         if name.startswith("dma."):
             copy = name.removeprefix("dma.")
             if copy == "general":
-                copy = next((each.replace("-", "_") for each in re.findall(r"\b\w+-to-\w+\b", comment)), copy)
+                ends = [self._spaces.get(self._value(each), "?") for each in _arguments(rest)[:3:2]]
+                told = re.findall(r"\b\w+-to-\w+\b", comment)
+                copy = told[0].replace("-", "_") if told else "_to_".join(ends)
             if re.fullmatch(r"(hbm|vmem|smem)_to_(hbm|vmem|smem)", copy) is None:
                 raise DumpError(f"a copy that is not known here: {name} {rest[:200]}")
             values = ", ".join(self._value(each) for each in _arguments(rest)[:4])  # from, granules, to, semaphore

@@ -63,6 +63,14 @@ def test_a_loop_is_executed_as_often_as_its_operand_says():
     assert "shalt" not in program.source
 
 
+def test_ends_of_a_general_copy_are_those_of_its_pointers():
+    text = LOOP.replace("dma.hbm_to_vmem [thread:$0]", "dma.general").replace("[#allocation2]", "%s11_s5")
+    text = text.replace("   0x1   :  { ", "   0x1   :  { %s11_s5 = scalar_lea.vmem [#allocation2], 8 ;;  ")
+    assert dict(emulate(text, {0: 5})[1].copies) == {("hbm_to_vmem", 1): 5}
+    with pytest.raises(DumpError, match="copy that is not known"):
+        emulate(text.replace("scalar_lea.vmem", "scalar_lea.cmem"), {0: 5})
+
+
 def test_a_loop_that_does_not_end_is_an_error(monkeypatch):
     monkeypatch.setattr(Machine, "longest", 10_000)
     with pytest.raises(EndlessError, match="does not end"):

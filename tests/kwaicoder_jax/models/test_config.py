@@ -108,4 +108,8 @@ def test_back_ends_of_another_platform_are_refused():
         message = rf"^runtime.experts: '{backend}' runs on \w+ alone, this is {platform}; use auto"
         with pytest.raises(UserError, match=message):
             Runtime(experts=backend, platform=platform)
+    with pytest.raises(UserError, match=r"^runtime.routing: 'tpu' runs on tpu alone, this is cpu; use auto"):
+        Runtime(routing="tpu", platform="cpu")
+    with pytest.raises(UserError, match=r"runtime.routing: no choice 'gpu'; use auto, tpu, xla, reference"):
+        Runtime(routing="gpu")
     assert Runtime(experts="tpu").experts == Runtime(experts="tpu", platform="tpu").experts == "tpu"

@@ -135,6 +135,21 @@ def test_ties_pick_the_lowest_index(router):
 
 
 @pytest.mark.parametrize("router", Router)
+def test_weights_within_16_ulps_on_every_back_end(router):
+    """Of float64: a softmax or two, and one division; the choice is the same."""
+    results = {
+        name: models.choose_experts(jnp.asarray(LOGITS), experts(router), backend=name) for name in ("xla", "reference")
+    }
+    logits = LOGITS.astype(np.float64)
+    score = 1 / (1 + np.exp(-logits)) if router is Router.SIGMOID else softmax(logits)
+    for weight, index, _ in results.values():
+        wanted = np.take_along_axis(score, np.asarray(index), 1)
+        wanted = wanted if router is Router.SOFTMAX_TOPK else wanted / wanted.sum(-1, keepdims=True)
+        np.testing.assert_allclose(weight, wanted, rtol=16 * 2.0**-23)
+        np.testing.assert_array_equal(index, results["xla"][1])
+
+
+@pytest.mark.parametrize("router", Router)
 def test_extreme_logits_stay_finite_with_finite_gradients(router):
     logits = jnp.asarray([[-200.0] * 7, [200.0] * 7, [300.0, -300.0, 0, 0, 0, 0, 0]], jnp.float32)
 
