@@ -54,9 +54,9 @@ def composed_step(arguments: Arguments, order: routing.Routing, dy_MD: jax.Array
 
 def arguments_of(tokens: int, experts: int, width: int, neurons: int) -> tuple[Arguments, routing.Routing]:
     """Their shapes, in bfloat16."""
-    made = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    made: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     projection, pairs = made((experts, width, neurons)), (tokens, CHOICES)
-    weight_MX = jax.ShapeDtypeStruct(pairs, jnp.float32)
+    weight_MX: Any = jax.ShapeDtypeStruct(pairs, jnp.float32)
     order = jax.eval_shape(lambda e: routing.sort_by_expert(e, experts), jax.ShapeDtypeStruct(pairs, jnp.int32))
     return Arguments(made((tokens, width)), weight_MX, projection, projection, made((experts, neurons, width))), order
 
