@@ -17,10 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import kernel_shapes
 from experiments.compile_kernels import kernel_work
 from kernels import routing
 from kernels.grouped_matmul import Backend, composed_mlp, tpu_mlp
 from kernels.grouped_matmul.mlp_types import Arguments, Gradients
+from kernels.grouped_matmul.tpu_tiles import Chip
 from kwaicoder_jax import hardware, models
 from kwaicoder_jax.hardware import hlo, schedule, work
 
@@ -32,11 +34,13 @@ def fused(arguments: Arguments, order: routing.Routing) -> jax.Array:
     return tpu_mlp.forward(jax.nn.silu, arguments, order, keep=False)[0]
 
 
-def fused_step(arguments: Arguments, order: routing.Routing, dy_MD: jax.Array) -> tuple[jax.Array, Gradients]:
+def fused_step(
+    arguments: Arguments, order: routing.Routing, dy_MD: jax.Array, chip: Chip | None = None
+) -> tuple[jax.Array, Gradients]:
     """And all gradients."""
-    y_MD, saved = tpu_mlp.forward(jax.nn.silu, arguments, order, keep=True)
+    y_MD, saved = tpu_mlp.forward(jax.nn.silu, arguments, order, keep=True, chip=chip)
     assert saved is not None
-    return y_MD, tpu_mlp.backward(jax.nn.silu, arguments, order, saved, dy_MD)
+    return y_MD, tpu_mlp.backward(jax.nn.silu, arguments, order, saved, dy_MD, chip=chip)
 
 
 def composed(arguments: Arguments, order: routing.Routing) -> jax.Array:
@@ -93,19 +97,22 @@ def main() -> None:
     parser.add_argument("--tokens", default="4096,16384")
     parser.add_argument("--json", default="")
     flags = parser.parse_args()
+    shapes = [kernel_shapes.parsed(each) for each in flags.shapes.split(",")]
+    kernel_shapes.chosen(flags.chip, kernel_shapes.CHIPS, "--chip")
+    if not all(each.isdigit() and each != "0" for each in flags.tokens.split(",")):
+        raise SystemExit(f"--tokens: {flags.tokens!r}: use numbers separated by commas")
     print("| experts x width x neurons | tokens | forward, GB | unfused | ratio | step, GB | unfused | ratio |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
-    for shape in flags.shapes.split(","):
+    for shape in shapes:
         for tokens in map(int, flags.tokens.split(",")):
-            experts, width, neurons = map(int, shape.split("x"))
-            each = row(flags.chip, (experts, width, neurons), tokens)
+            each = row(flags.chip, (shape.groups, shape.depth, shape.width), tokens)
             rows.append(each)
             cells = [
                 f"{each[f'{name}_bytes'] / 1e9:.2f} | {each[f'{name}_bytes_unfused'] / 1e9:.2f} | {each[f'{name}_ratio']:.2f}"
                 for name in ("forward", "step")
             ]
-            print(f"| {shape} | {tokens} | {' | '.join(cells)} |", flush=True)
+            print(f"| {each['shape']} | {tokens} | {' | '.join(cells)} |", flush=True)
     if flags.json:
         with open(flags.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=1)

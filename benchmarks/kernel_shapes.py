@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 PRODUCTS = ("forward", "dlhs", "drhs")
 ROWS = (32_768, 131_072, 8192)  # the most telling first: a run may be stopped
+CHIPS = ("v5e", "v5p", "v6e")  # that kernels are predicted for
 SIZES = ("multinomial", "aligned", "zipf", "real")
 
 
@@ -35,6 +38,23 @@ SHAPES = {
         Shape(8, 4096, 14_336),
     )
 }  # fmt: skip
+
+
+def parsed(text: str) -> Shape:
+    """A shape by GROUPSxDEPTHxWIDTH, of `SHAPES` or not; SystemExit if it is none."""
+    sides = text.split("x")
+    if len(sides) != 3 or not all(each.isdigit() and int(each) > 0 for each in sides):
+        raise SystemExit(f"--shapes: {text!r}: use GROUPSxDEPTHxWIDTH, as in 64x2048x1408")
+    return Shape(*map(int, sides))
+
+
+def chosen(text: str, allowed: Sequence[Any], flag: str) -> list[Any]:
+    """Those of `allowed` that are named in a list with commas; SystemExit if there is another name."""
+    names = {str(each): each for each in allowed}
+    wanted = text.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        raise SystemExit(f"{flag}: no {', '.join(unknown)}: use {', '.join(names)}")
+    return [names[name] for name in wanted]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.kernel_candidates import Candidate
 from kernels.grouped_matmul import PLATFORMS, Backend
 
-_ROUNDS = 7
+_ROUNDS = 11
 
 
 def backends(platform: str) -> list[Backend]:
@@ -22,16 +22,22 @@ def backends(platform: str) -> list[Backend]:
     return [*ours, *upstream, Backend.RAGGED_DOT]
 
 
-def seconds(candidate: Candidate, sizes: np.ndarray) -> float:
-    """The median of several runs after one to compile and warm up, each waited for; random operands."""
-    *arrays, _ = candidate.arguments
+def seconds(function: Callable[..., jax.Array], arguments: Sequence[jax.ShapeDtypeStruct], sizes: np.ndarray) -> float:
+    """The median of several runs after one to compile and warm up, each waited for.
+
+    Args:
+      function: of two arrays and the group sizes.
+      arguments: their shapes; operands are random.
+      sizes: of the groups.
+    """
+    *arrays, _ = arguments
     keys = jax.random.split(jax.random.key(0), len(arrays))
     operands = [jax.random.normal(key, each.shape, each.dtype) for key, each in zip(keys, arrays, strict=True)]
-    function, sizes_G = jax.jit(candidate.function), jnp.asarray(sizes)
-    jax.block_until_ready(function(*operands, sizes_G))
+    compiled, sizes_G = jax.jit(function), jnp.asarray(sizes)
+    jax.block_until_ready(compiled(*operands, sizes_G))
     found = []
     for _ in range(_ROUNDS):
         began = time.perf_counter()
-        jax.block_until_ready(function(*operands, sizes_G))
+        jax.block_until_ready(compiled(*operands, sizes_G))
         found.append(time.perf_counter() - began)
     return statistics.median(found)

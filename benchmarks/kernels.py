@@ -143,12 +143,16 @@ def _beside(backend: Backend, best: tuple[Candidate, schedule.Prediction] | None
 def measured(case: Case, chosen: Mapping[Backend, Candidate], sizes: np.ndarray) -> Row:
     """Wall time of what runs on this machine, upstream's with these tiles; "measured_seconds" is that of ours."""
     found = {
-        str(backend): kernel_timing.seconds(chosen.get(backend, Candidate(backend, case)), sizes)
+        str(backend): _timed(chosen.get(backend, Candidate(backend, case)), sizes)
         for backend in kernel_timing.backends(jax.default_backend())
         if backend in chosen or backend not in UPSTREAM
     }
     ours = next(iter(found))
     return {"measured_seconds": found[ours], "measured_backend": ours, "measured_seconds_of": found}
+
+
+def _timed(candidate: Candidate, sizes: np.ndarray) -> float:
+    return kernel_timing.seconds(candidate.function, candidate.arguments, sizes)
 
 
 def _chip_here() -> str | None:
@@ -189,14 +193,6 @@ def _same(row: Row, chip: str, case: Case) -> bool:
     return tuple(row[key] for key in ("chip", "shape", "groups", "rows", "product")) == wanted
 
 
-def _chosen(text: str, allowed: Sequence[Any], flag: str) -> list[Any]:
-    names = {str(each): each for each in allowed}
-    wanted = text.split(",")
-    if unknown := [name for name in wanted if name not in names]:
-        raise SystemExit(f"{flag}: no {', '.join(unknown)}: use {', '.join(names)}")
-    return [names[name] for name in wanted]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the table; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -214,11 +210,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", help="file for the rows, as a JSON list; what it holds is not made again")
     flags = parser.parse_args(arguments)
     shapes, all_rows, products, kinds = (
-        _chosen(getattr(flags, name), allowed, f"--{name}") for name, allowed in choices.items()
+        kernel_shapes.chosen(getattr(flags, name), allowed, f"--{name}") for name, allowed in choices.items()
     )
     made: list[Row] = json.loads(Path(flags.json).read_text()) if flags.json and Path(flags.json).exists() else []
     if flags.chip != _chip_here():
-        schedule.tensor_cores(flags.chip, "--chip")
+        kernel_shapes.chosen(flags.chip, kernel_shapes.CHIPS, "--chip")
     print(f"{flags.chip}: predicted from the compiled schedule, not measured, but for the last column", flush=True)
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for case in (Case(SHAPES[name], rows, product) for rows in all_rows for name in shapes for product in products):

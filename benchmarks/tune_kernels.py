@@ -16,8 +16,6 @@ import argparse
 import dataclasses
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import kernel_shapes, kernel_timing
 from kernels.grouped_matmul import tpu, tpu_tiles, tpu_tuned
 from kernels.grouped_matmul.tpu_tiles import LANES, Chip, OuterTiles, ProductTiles
 from kwaicoder_jax.errors import UserError
@@ -33,7 +32,6 @@ from kwaicoder_jax.hardware import chip_of, schedule
 
 Tiles = ProductTiles | OuterTiles
 GAIN = 1.01  # of the rule's time over the best: what is worth an entry
-SHAPES = "8x4096x14336,64x2048x1408,64x3072x2560,128x2048x768,256x7168x2048"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Case:
     @property
     def sizes(self) -> np.ndarray:
         """Multinomial, the same each time."""
-        return np.random.default_rng(0).multinomial(self.rows, [1 / self.groups] * self.groups).astype(np.int32)
+        return kernel_shapes.sizes("multinomial", self.groups, self.rows)
 
     def key(self, chip: str) -> tpu_tuned.Key:
         """Of the table."""
@@ -164,22 +162,12 @@ def predicted(case: Case, chip: str, tiles: Tiles) -> float:
     return kernel.predict({0: case.sizes}).seconds
 
 
-def timed(case: Case, tiles: Tiles, runs: int = 11) -> float:
+def timed(case: Case, tiles: Tiles) -> float:
     """Seconds on this machine's chip, the median of several runs; infinite where the compiler refuses it."""
-    *operands, _ = case.arguments()
-    keys = jax.random.split(jax.random.key(0), len(operands))
-    arrays = [jax.random.normal(key, each.shape, each.dtype) for key, each in zip(keys, operands, strict=True)]
-    function, sizes = jax.jit(case.function(tiles)), jnp.asarray(case.sizes)
     try:
-        jax.block_until_ready(function(*arrays, sizes))
+        return kernel_timing.seconds(case.function(tiles), case.arguments(), case.sizes)
     except jax.errors.JaxRuntimeError:
         return math.inf
-    seconds = []
-    for _ in range(runs):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*arrays, sizes))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def tune(case: Case, chip: str, most: int) -> tpu_tuned.Entry:
@@ -210,18 +198,20 @@ def _chip_here() -> str | None:
 
 
 def _cases(flags: argparse.Namespace) -> Iterator[Case]:
-    for shape in flags.shapes.split(","):
-        groups, *sides = map(int, shape.split("x"))
-        for rows in map(int, flags.rows.split(",")):
-            for product in flags.products.split(","):
-                yield Case(product, groups, (sides[0], sides[1]), rows, flags.dtype)
+    products = kernel_shapes.chosen(flags.products, tpu_tuned.PRODUCTS, "--products")
+    for shape in map(kernel_shapes.parsed, flags.shapes.split(",")):
+        for rows in flags.rows.split(","):
+            if not rows.isdigit() or rows == "0":
+                raise SystemExit(f"--rows: {rows!r}: use numbers separated by commas")
+            for product in products:
+                yield Case(product, shape.groups, (shape.depth, shape.width), int(rows), flags.dtype)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Searches, prints a line for each case, and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chip", default=_chip_here() or "v5e", help="v5e, v5p or v6e")
-    parser.add_argument("--shapes", default=SHAPES, help="groups x K x N, separated by commas")
+    parser.add_argument("--shapes", default=",".join(kernel_shapes.SHAPES), help="groups x K x N, separated by commas")
     parser.add_argument("--rows", default="32768", help="of all groups, separated by commas")
     parser.add_argument("--products", default=",".join(tpu_tuned.PRODUCTS))
     parser.add_argument("--dtype", default="bfloat16", choices=list(tpu_tuned.DTYPES.values()))
@@ -230,8 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", type=Path, default=Path(str(tpu_tuned.path())), help="file of the table")
     parser.add_argument("--json", type=Path, help="file to write the rows to, as a JSON list")
     flags = parser.parse_args(arguments)
+    kernel_shapes.chosen(flags.chip, kernel_shapes.CHIPS, "--chip")
     found = []
-    for case in _cases(flags):
+    for case in list(_cases(flags)):
         found.append(entry := tune(case, flags.chip, flags.most))
         gain = entry.rule_seconds / entry.seconds - 1
         times = (

@@ -87,7 +87,7 @@ def get_config() -> ConfigDict:
     config.seed = 0
     config.stages = ("prepare_data", "pretrain", "prune", "distill", "upcycle", "cpt", "evaluate", "report")
     config.mesh = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
-    config.runtime = {"remat": "none", "scan_unroll": 0, "attention": "auto", "experts": "auto"}
+    config.runtime = {"remat": "none", "scan_unroll": 0, "attention": "auto", "experts": "auto", "routing": "auto"}
     config.loader = {"streams": 4, "workers": 0}
     config.validation = {"batch_size": 16, "sequence_length": 256, "max_tokens_per_source": 20_000}
 

@@ -122,7 +122,13 @@ def get_config(argument: str = "") -> ConfigDict:
     context = max(1, chips * length // (rows * 4096))  # no more: weights are sharded over the chips of the other axes
     config.mesh = {"data": machine.get("data", 1), "fsdp": machine.get("fsdp", -1), "tensor": 1, "context": context}
     config.mesh.expert = machine.get("expert", 1)
-    config.runtime = {"remat": machine["remat"], "scan_unroll": 1, "attention": "auto", "experts": "auto"}
+    config.runtime = {
+        "remat": machine["remat"],
+        "scan_unroll": 1,
+        "attention": "auto",
+        "experts": "auto",
+        "routing": "auto",
+    }
     config.runtime.scatter_stage = machine.get("stage", 0)
     config.runtime.dispatch = machine.get("dispatch", "weights")
     config.runtime.expert_buffer = 1.5

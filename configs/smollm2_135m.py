@@ -45,7 +45,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     config.seed = 0
     config.stages = ("import_hf", "prepare_data", "prune", "distill", "upcycle", "export_hf", "report")
     config.mesh = {"data": -1, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
-    config.runtime = {"remat": "none", "scan_unroll": 1, "attention": "auto", "experts": "auto"}
+    config.runtime = {"remat": "none", "scan_unroll": 1, "attention": "auto", "experts": "auto", "routing": "auto"}
     config.loader = {"streams": 4, "workers": 0}
     config.validation = {"batch_size": 4, "sequence_length": 512, "max_tokens_per_source": 2_048 if quick else 8_192}
 

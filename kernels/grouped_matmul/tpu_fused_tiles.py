@@ -8,7 +8,7 @@ from kernels.grouped_matmul import tpu_gather
 from kernels.grouped_matmul.tpu_plan import Call, Plan
 from kernels.grouped_matmul.tpu_tiles import BODY, LANES, Chip, ProductTiles, divisors, fits, windows
 
-_ZERO_ROWS = 128
+ZERO_ROWS = 128  # that one copy of zeros writes
 
 
 def rows_tiles(plan: Plan, call: Call, here: Chip) -> ProductTiles:
@@ -16,7 +16,7 @@ def rows_tiles(plan: Plan, call: Call, here: Chip) -> ProductTiles:
 
     Args:
       plan: what is computed.
-      call: shapes; `passes` counts for nothing.
+      call: shapes.
       here: the chip.
 
     Raises:
@@ -31,7 +31,7 @@ def rows_tiles(plan: Plan, call: Call, here: Chip) -> ProductTiles:
                 continue  # a window that begins anywhere touches one piece more
             tiles = ProductTiles(most, columns, here.mxu, here.mxu // 4, blocks[0])
             if fits(vmem_bytes(plan, call, tiles), here):
-                moved = call.rows * call.depth * max(call.lhs, 1) * (call.width // columns)
+                moved = call.rows * call.depth * max(call.lhs, 1) * tiles.passes(call.width)
                 found.append((moved, -most, tiles))
     if not found:
         raise ValueError(
@@ -51,7 +51,7 @@ def vmem_bytes(plan: Plan, call: Call, tiles: ProductTiles) -> int:
     held = len(plan.held) * 2 * call.depth * tiles.columns * size
     per_column = tiles.out_slots * tiles.rows + call.align
     outs = sum(
-        jnp.dtype(out.dtype).itemsize * out.columns(tiles) * (per_column + _ZERO_ROWS * call.width // tiles.columns)
+        jnp.dtype(out.dtype).itemsize * out.columns(tiles) * (per_column + ZERO_ROWS * tiles.passes(call.width))
         for out in plan.outs
     )
     return rows + beside + held + outs + 4 * tiles.block_rows * tiles.columns * len(plan.parts)

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.grouped_matmul import tpu, tpu_fused_tiles, tpu_gather, tpu_tiles
+from kernels.grouped_matmul import tpu, tpu_gather, tpu_tiles
 from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved, gated
 from kernels.grouped_matmul.tpu_combine import sum_rows
-from kernels.grouped_matmul.tpu_plan import Call, Out, Plan
-from kernels.grouped_matmul.tpu_rows import PIECE, grouped_rows
-from kernels.grouped_matmul.tpu_tiles import LANES, Chip, ProductTiles, sublanes
+from kernels.grouped_matmul.tpu_plan import Out, Plan
+from kernels.grouped_matmul.tpu_rows import grouped_rows
+from kernels.grouped_matmul.tpu_tiles import LANES, Chip, sublanes
 from kernels.routing import Routing
 from kernels.routing.api import take_rows
 
@@ -86,33 +86,6 @@ def grad_in_plan(activation: Activation, dtype: Any) -> Plan:
     return Plan(GRAD_IN, ((0, 0),), (((0, 0),),), outs, finish, transpose_rhs=True)
 
 
-def _rows(
-    plan: Plan, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array], sizes_E: jax.Array, width: int, *, here: Chip,
-    index_R: jax.Array | None = None, beside: Sequence[jax.Array] = (), of_rows: Sequence[jax.Array] = (), **how: Any,
-) -> tuple[jax.Array, ...]:  # fmt: skip
-    """`grouped_rows` with tiles that fit."""
-    rows, depth = (lhs[0] if index_R is None else index_R).shape[0], rhs[0].shape[2 if plan.transpose_rhs else 1]
-    dtype = rhs[0].dtype
-    call = Call(
-        rows, rhs[0].shape[0], depth, width, 1, len(lhs), len(rhs), len(beside), len(of_rows), index_R is not None,
-        how.get("piece", PIECE), dtype, sublanes(dtype),
-    )  # fmt: skip
-    tiles: ProductTiles = how.pop("tiles", None) or tpu_fused_tiles.rows_tiles(plan, call, here)
-    return grouped_rows(
-        lhs,
-        rhs,
-        sizes_E,
-        plan,
-        width=width,
-        beside=beside,
-        of_rows=of_rows,
-        index_M=index_R,
-        tiles=tiles,
-        here=here,
-        **how,
-    )
-
-
 def forward(
     activation: Activation, arguments: Arguments, routing: Routing, *, keep: bool, chip: Chip | None = None, **how: Any
 ) -> tuple[jax.Array, Saved | None]:
@@ -120,9 +93,9 @@ def forward(
     x_MD, weight_MX, gate_EDF, up_EDF, down_EFD = arguments
     here, dtype, sizes_E = chip or tpu_tiles.chip(), x_MD.dtype, routing.group_sizes_E
     (_, width, neurons), pad = gate_EDF.shape, functools.partial(_with_rows, unit=sublanes(dtype))
-    h_RF, *saved = _rows(
-        gate_up_plan(activation, dtype, keep), [tpu_gather.packed(x_MD)], [gate_EDF, up_EDF], sizes_E, neurons, here=here,
-        index_R=pad(routing.token_R), **how,
+    h_RF, *saved = grouped_rows(
+        [tpu_gather.packed(x_MD)], [gate_EDF, up_EDF], sizes_E, gate_up_plan(activation, dtype, keep), width=neurons,
+        index_M=pad(routing.token_R), here=here, **how,
     )  # fmt: skip
     y_R1W = _packed_rows(DOWN, [h_RF], [down_EFD], sizes_E, width, False, here, how)
     y_MD = sum_rows(y_R1W, routing.row_MX, weight_MX, dtype, here=here, interpret=how.get("interpret", False))
@@ -142,9 +115,9 @@ def backward(
     (_, width, neurons), pad = gate_EDF.shape, functools.partial(_with_rows, unit=sublanes(dtype))
     weight_RL = jnp.broadcast_to(take_rows(weight_MX.reshape(-1, 1), routing.slot_R), (routing.slot_R.size, LANES))
     dy_MD = dy_MD.astype(dtype)
-    dgate_RF, dup_RF, hw_RF, dweight_RS = _rows(
-        grad_in_plan(activation, dtype), [tpu_gather.packed(dy_MD)], [down_EFD], sizes_E, neurons, here=here,
-        index_R=pad(routing.token_R), beside=[pad(each) for each in saved], of_rows=[pad(weight_RL)], **how,
+    dgate_RF, dup_RF, hw_RF, dweight_RS = grouped_rows(
+        [tpu_gather.packed(dy_MD)], [down_EFD], sizes_E, grad_in_plan(activation, dtype), width=neurons, here=here,
+        index_M=pad(routing.token_R), beside=[pad(each) for each in saved], of_rows=[pad(weight_RL)], **how,
     )  # fmt: skip
     dx_R1W = _packed_rows(GRAD_X, [dgate_RF, dup_RF], [gate_EDF, up_EDF], sizes_E, width, True, here, how)
     interpret = how.get("interpret", False)
@@ -166,7 +139,7 @@ def _packed_rows(
     dtype = lhs[0].dtype
     words = width * dtype.itemsize // 4
     plan = packed_plan(name, len(lhs), words, dtype, transpose_rhs)
-    return _rows(plan, lhs, rhs, sizes_E, words, here=here, **how)[0]
+    return grouped_rows(lhs, rhs, sizes_E, plan, width=words, here=here, **how)[0]
 
 
 def _with_rows(x: jax.Array, unit: int) -> jax.Array:

@@ -31,7 +31,7 @@ class Out:
 
     def shape(self, call: Call, tiles: ProductTiles) -> jax.ShapeDtypeStruct:
         """Of the whole output."""
-        width = call.passes * self.columns(tiles)
+        width = tiles.passes(call.width) * self.columns(tiles)
         return jax.ShapeDtypeStruct((call.rows, 1, width) if self.is_packed else (call.rows, width), self.dtype)
 
 
@@ -69,7 +69,6 @@ class Call:
       groups: G.
       depth: K.
       width: N, of the outputs.
-      passes: tiles of columns.
       lhs, rhs, beside, of_rows: numbers of arrays.
       gathered: whether rows are.
       piece: rows that are gathered together.
@@ -81,7 +80,6 @@ class Call:
     groups: int
     depth: int
     width: int
-    passes: int
     lhs: int
     rhs: int
     beside: int

@@ -25,17 +25,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.grouped_matmul import tpu_gather, tpu_rows_kernel
+from kernels.grouped_matmul.tpu_fused_tiles import ZERO_ROWS, rows_tiles
 from kernels.grouped_matmul.tpu_plan import Call, Plan
 from kernels.grouped_matmul.tpu_tiles import LANES, Chip, ProductTiles, sublanes, vmem_limit
 
 PIECE = 256  # rows that are gathered together
-_ZERO_ROWS = 128
 
 
 def grouped_rows(
     lhs: Sequence[jax.Array], rhs: Sequence[jax.Array], group_sizes_G: jax.Array, plan: Plan, *, width: int,
     beside: Sequence[jax.Array] = (), of_rows: Sequence[jax.Array] = (), index_M: jax.Array | None = None,
-    tiles: ProductTiles, here: Chip, piece: int = PIECE, interpret: Any = False,
+    here: Chip, tiles: ProductTiles | None = None, piece: int = PIECE, interpret: Any = False,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The outputs of a plan, [M, width] each; rows of no group are zero.
 
@@ -48,16 +48,17 @@ def grouped_rows(
       beside: [M, width], for `plan.finish`.
       of_rows: float32 [M, LANES], for `plan.finish`.
       index_M: which of the rows of `lhs` is wanted where; with it, they are gathered.
-      tiles: see there.
       here: the chip.
+      tiles: chosen by plan, shape and chip if None.
       piece: rows that are gathered together, a power of two; `tiles.rows` touches fewer than `tpu_gather.HELD` pieces.
       interpret: as in `tpu.product`.
     """
     depth, dtype = rhs[0].shape[2 if plan.transpose_rhs else 1], rhs[0].dtype
     call = Call(
-        (lhs[0] if index_M is None else index_M).shape[0], rhs[0].shape[0], depth, width, width // tiles.columns,
+        (lhs[0] if index_M is None else index_M).shape[0], rhs[0].shape[0], depth, width,
         len(lhs), len(rhs), len(beside), len(of_rows), index_M is not None, piece, dtype, sublanes(dtype),
     )  # fmt: skip
+    tiles = tiles or rows_tiles(plan, call, here)
     inputs = [*lhs, *beside, *of_rows, *rhs]
     if index_M is not None:
         inputs = [jnp.pad(index_M, (0, -call.rows % piece)).reshape(-1, piece), *inputs]
@@ -84,11 +85,11 @@ def grouped_rows(
 
 
 def _cost(plan: Plan, call: Call, tiles: ProductTiles) -> pl.CostEstimate:
-    size, products = call.dtype.itemsize, sum(len(part) for part in plan.parts)
-    nbytes = size * call.depth * (len(plan.held) * call.groups * call.width + call.lhs * call.passes * call.rows)
-    nbytes += call.rows * (size * call.beside * call.width + 4 * call.of_rows * call.passes * LANES)
+    size, products, passes = call.dtype.itemsize, sum(len(part) for part in plan.parts), tiles.passes(call.width)
+    nbytes = size * call.depth * (len(plan.held) * call.groups * call.width + call.lhs * passes * call.rows)
+    nbytes += call.rows * (size * call.beside * call.width + 4 * call.of_rows * passes * LANES)
     for out in plan.outs:
-        nbytes += jnp.dtype(out.dtype).itemsize * call.rows * call.passes * out.columns(tiles)
+        nbytes += jnp.dtype(out.dtype).itemsize * call.rows * passes * out.columns(tiles)
     flops = 2 * products * call.rows * call.depth * call.width
     return pl.CostEstimate(flops=flops, bytes_accessed=nbytes, transcendentals=0)
 
@@ -96,6 +97,7 @@ def _cost(plan: Plan, call: Call, tiles: ProductTiles) -> pl.CostEstimate:
 def _scratch(plan: Plan, call: Call, tiles: ProductTiles) -> list[Any]:
     """In the order in which the kernel takes them."""
     copies, outs = pltpu.SemaphoreType.DMA, [(each.dtype, each.columns(tiles)) for each in plan.outs]
+    passes = tiles.passes(call.width)
     held = (tiles.columns, call.depth) if plan.transpose_rhs else (call.depth, tiles.columns)
     window = (tiles.lhs_slots, tiles.rows)
     if call.gathered:
@@ -112,7 +114,7 @@ def _scratch(plan: Plan, call: Call, tiles: ProductTiles) -> list[Any]:
         *(pltpu.VMEM((2, *held), call.dtype) for _ in plan.held),
         *(pltpu.VMEM((tiles.out_slots, tiles.rows, columns), dtype) for dtype, columns in outs),
         *(pltpu.VMEM((call.align, columns), dtype) for dtype, columns in outs),
-        *(pltpu.VMEM((_ZERO_ROWS, call.passes * columns), dtype) for dtype, columns in outs),
+        *(pltpu.VMEM((ZERO_ROWS, passes * columns), dtype) for dtype, columns in outs),
         copies((tiles.lhs_slots,)),
         copies((2,)),
         copies((tiles.out_slots,)),

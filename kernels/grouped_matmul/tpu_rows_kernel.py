@@ -107,7 +107,7 @@ def kernel(sizes_G: Any, *references: Any, plan: Plan, call: Call, tiles: Produc
     refs, core, align = _Refs(references, plan, call), pl.program_id(0), call.align
     total = write_ends(sizes_G, refs.ends_G, call.rows)
     first, last = _share(total, core, cores, align)
-    walk = Walk(refs.ends_G, first, last, columns=call.passes, rows=tiles.rows, align=align)
+    walk = Walk(refs.ends_G, first, last, columns=tiles.passes(call.width), rows=tiles.rows, align=align)
     copies = _Copies(refs, walk, plan, call, tiles)
 
     def fetch(visit: Visit, slot: Any) -> tuple[Visit, Any]:
@@ -115,7 +115,7 @@ def kernel(sizes_G: Any, *references: Any, plan: Plan, call: Call, tiles: Produc
         pl.when(walk.more(visit))(lambda: copies.rows(visit, slot).start())
         return walk.after(visit), next_slot(slot, tiles.lhs_slots)
 
-    held_rows = _gather(refs, call, first, last) if call.gathered else None
+    held_rows = _gather(refs, call, tiles, first, last) if call.gathered else None
     zero_waits = [
         write_zeros(ref, zeros, refs.zero_done, total, core, cores, align)
         for ref, zeros in zip(refs.outs, refs.zeros, strict=True)
@@ -174,12 +174,13 @@ def _share(total: Any, core: Any, cores: int, align: int) -> tuple[Any, Any]:
     return jnp.where(core == 0, 0, middle), jnp.where(core == 0, middle, total)
 
 
-def _gather(refs: _Refs, call: Call, first: Any, last: Any) -> tpu_gather.HeldRows:
+def _gather(refs: _Refs, call: Call, tiles: ProductTiles, first: Any, last: Any) -> tpu_gather.HeldRows:
     """Of the pieces that hold rows [first, last), in every pass; begun."""
     shift = call.piece.bit_length() - 1
     piece, behind = (lax.shift_right_logical(row, shift) for row in (first, last + call.piece - 1))
     count = jnp.where(last > first, behind - piece, 0)
-    gather = tpu_gather.Gather(refs.lhs[0], refs.index[0], piece, count, call.passes, refs.gather[:-1])
+    passes = tiles.passes(call.width)
+    gather = tpu_gather.Gather(refs.lhs[0], refs.index[0], piece, count, passes, refs.gather[:-1])
     gather.begin()
     return tpu_gather.HeldRows(gather, piece, count, refs.gather[-1])
 

@@ -83,6 +83,10 @@ class ProductTiles:
     lhs_slots: int = 3
     out_slots: int = 3
 
+    def passes(self, width: int) -> int:
+        """Over the rows: tiles of columns."""
+        return width // self.columns
+
     def moved(self, rows: int, groups: int, depth: int, width: int) -> int:
         """Numbers that go through HBM."""
         return rows * (depth * (width // self.columns) + width) + groups * depth * width

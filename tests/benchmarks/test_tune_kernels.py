@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax.numpy as jnp
 import pytest
@@ -59,7 +60,7 @@ def test_times_are_medians_of_runs(monkeypatch):
     calls = []
     monkeypatch.setattr(Case, "function", lambda self, tiles: lambda lhs, rhs, sizes: calls.append(0) or jnp.sum(lhs))
     case = Case("forward", 2, (128, 128), 64)
-    assert 0 < tune_kernels.timed(case, case.rule(V5E), runs=3) < 1
+    assert 0 < tune_kernels.timed(case, case.rule(V5E)) < 1
     assert len(calls) == 1  # compiled once
 
 
@@ -74,3 +75,17 @@ def test_the_command(tmp_path, capsys):
     assert "drhs on v5e, bfloat16, 2 groups of 128 rows, 256 x 128: predicted" in capsys.readouterr().out
     gained = row["rule_seconds"] > tune_kernels.GAIN * row["seconds"]
     assert len(tpu_tuned.parse(table.read_text())) == gained
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--shapes=8x4096", "--shapes: '8x4096': use GROUPSxDEPTHxWIDTH"),
+        ("--products=up", "--products: no up: use forward, dlhs, drhs"),
+        ("--rows=many", "--rows: 'many': use numbers"),
+        ("--chip=v7", "--chip: no v7: use v5e, v5p, v6e"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(flag, message):
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        tune_kernels.main([flag])

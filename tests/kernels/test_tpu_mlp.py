@@ -189,7 +189,7 @@ def test_tiles_fit_whatever_the_shape():
         here = tpu_tiles.chip_called(chip)
         for experts, width, neurons in ((8, 4096, 14_336), (256, 7168, 2048), (512, 2048, 768)):
             call = tpu_fused_tiles.Call(
-                131_072, experts, width, neurons, 1, 1, 2, 0, 0, True, 256, jnp.dtype(jnp.bfloat16), 16
+                131_072, experts, width, neurons, 1, 2, 0, 0, True, 256, jnp.dtype(jnp.bfloat16), 16
             )
             tiles = tpu_fused_tiles.rows_tiles(plan, call, here)
             assert neurons % tiles.columns == tiles.columns % tiles.block_columns == 0
