@@ -30,9 +30,9 @@ def strict(chip):
     )
 
 
-@functools.partial(jax.jit, static_argnames="chip")
-def interpreted(arguments, order, dy_MD, *, chip):
-    how = {"chip": chip, "interpret": strict(chip), "piece": PIECE}
+@functools.partial(jax.jit, static_argnames=("chip", "tiles"))
+def interpreted(arguments, order, dy_MD, *, chip, tiles=None):
+    how = {"chip": chip, "tiles": tiles, "interpret": strict(chip), "piece": PIECE}
     y_MD, saved = tpu_mlp.forward(jax.nn.silu, arguments, order, keep=True, **how)
     return y_MD, *tpu_mlp.backward(jax.nn.silu, arguments, order, saved, dy_MD, **how)
 
@@ -46,12 +46,12 @@ def drawn(expert_MX, experts, width, neurons, dtype, seed=0):
     return Arguments(x, weight, gate, up, down), jnp.asarray(rng.normal(size=shapes[0]), dtype)
 
 
-def check(expert_MX, experts, width, neurons, dtype, chip):
+def check(expert_MX, experts, width, neurons, dtype, chip, tiles=None):
     arguments, dy_MD = drawn(expert_MX, experts, width, neurons, dtype)
     x, weight, *matrices = (np.asarray(array.astype(jnp.float32)) for array in arguments)
     wanted = exact.layer(x, weight, expert_MX, *matrices, np.asarray(dy_MD.astype(jnp.float32)))
     order = routing.sort_by_expert(jnp.asarray(expert_MX), experts)
-    got = interpreted(arguments, order, dy_MD, chip=chip)
+    got = interpreted(arguments, order, dy_MD, chip=chip, tiles=tiles)
     # bfloat16: intermediate rows are rounded twice, relative to the largest entry. float32: order of sums.
     tolerance = 0.02 if dtype == jnp.bfloat16 else 2e-5
     for name, have, want in zip(("y", "dx", "dweight", "dgate", "dup", "ddown"), got, wanted, strict=True):
@@ -69,6 +69,14 @@ def test_bfloat16_on_two_cores():
 def test_float32_on_one_core():
     expert_MX = np.random.default_rng(0).integers(0, 5, (40, 2)).astype(np.int32)
     check(expert_MX, 4, 128, 128, jnp.float32, ONE_CORE)
+
+
+@pytest.mark.parametrize(("columns", "width"), [(128, 256), (256, 512)], ids=["tiles", "blocks"])
+def test_columns_in_parts(columns, width):
+    """Two tiles of columns, each with a pass over the gathered rows, and two blocks of a tile; sums of rows over both."""
+    tiles = tpu_tiles.ProductTiles(128, columns, 64, 16, 128)
+    expert_MX = (np.arange(150, dtype=np.int32) % 7 // 3).reshape(-1, 1)  # two experts with 64 rows, one with 22
+    check(expert_MX, 3, width, 256, jnp.bfloat16, TWO_CORES, tiles)
 
 
 @pytest.mark.slow
