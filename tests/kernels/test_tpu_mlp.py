@@ -12,7 +12,17 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels import routing
-from kernels.grouped_matmul import Backend, expert_mlp, tpu_combine, tpu_fused_tiles, tpu_gather, tpu_mlp, tpu_tiles
+from kernels.grouped_matmul import (
+    Backend,
+    expert_mlp,
+    tpu_combine,
+    tpu_fused_tiles,
+    tpu_gather,
+    tpu_mlp,
+    tpu_plan,
+    tpu_rows,
+    tpu_tiles,
+)
 from kernels.grouped_matmul.mlp_types import Arguments, Saved
 from kernels.routing.api import weighted_sum
 from kwaicoder_jax.hardware import schedule
@@ -77,6 +87,27 @@ def test_columns_in_parts(columns, width):
     tiles = tpu_tiles.ProductTiles(128, columns, 64, 16, 128)
     expert_MX = (np.arange(150, dtype=np.int32) % 7 // 3).reshape(-1, 1)  # two experts with 64 rows, one with 22
     check(expert_MX, 3, width, 256, jnp.bfloat16, TWO_CORES, tiles)
+
+
+def test_gathered_rows_across_the_end_of_the_ring():
+    """More rows than are held at once, and blocks that begin in the last held piece and end in the first."""
+    sizes, rows = [40, 290], 330
+    assert rows > tpu_gather.HELD * PIECE
+    rng = np.random.default_rng(0)
+    x_MD, rhs_GKN = (jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in ((64, 256), (2, 256, 128)))
+    index_R = jnp.asarray(rng.integers(0, 64, 336), jnp.int32)
+
+    def finish(parts, *_):
+        return [parts[0].astype(jnp.bfloat16)]
+
+    plan = tpu_plan.Plan("gathered", ((0, 0),), (((0, 0),),), (tpu_plan.Out(jnp.bfloat16),), finish)
+    (got,) = tpu_rows.grouped_rows(
+        [tpu_gather.packed(x_MD)], [rhs_GKN], jnp.asarray(sizes, jnp.int32), plan, width=128, index_M=index_R, here=ONE_CORE,
+        piece=PIECE, interpret=strict(ONE_CORE),
+    )  # fmt: skip
+    x, rhs, got = (np.asarray(each.astype(jnp.float32)) for each in (x_MD, rhs_GKN, got))
+    want, _, _ = exact.products(x[np.asarray(index_R)], rhs, sizes, np.zeros((336, 128)))
+    np.testing.assert_allclose(got, want, rtol=2**-8, atol=1e-4)  # one rounding of a float32 sum
 
 
 @pytest.mark.slow
