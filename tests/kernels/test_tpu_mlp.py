@@ -1,6 +1,7 @@
 """The fused kernels of the expert MLP on TPU: interpreted against float64, and compiled for three chips."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -168,6 +169,11 @@ def test_what_they_do_not_take_is_composed():
         assert tpu_mlp.fits(arguments) == is_fused
 
 
+def kernel_names(traced):
+    """Names of a program's kernels. Their bodies stand in its text too, encoded: any few letters occur there."""
+    return set(re.findall(r'kernel_name = "(\w+)"', traced.lower(lowering_platforms=("tpu",)).as_text()))
+
+
 def test_auto_takes_them_on_tpu_through_remat():
     arguments, _ = jax.eval_shape(lambda: drawn(np.zeros((32, 2), np.int32), 4, 256, 128, jnp.bfloat16))
 
@@ -176,15 +182,14 @@ def test_auto_takes_them_on_tpu_through_remat():
         return jnp.sum(expert_mlp(arguments[0], arguments[1], order, *arguments[2:]).astype(jnp.float32))
 
     traced = jax.jit(jax.grad(jax.checkpoint(loss))).trace(arguments, jax.ShapeDtypeStruct((32, 2), jnp.int32))
-    text = traced.lower(lowering_platforms=("tpu",)).as_text(debug_info=True)
-    for name in (tpu_mlp.GATE_UP, tpu_mlp.GRAD_IN, tpu_mlp.GRAD_X, "grouped_outer", tpu_combine.NAME):
-        assert name in text
-    assert "gmm" not in text
+    assert kernel_names(traced) == {
+        "routing_places", tpu_mlp.GATE_UP, tpu_mlp.DOWN, tpu_mlp.GRAD_IN, tpu_mlp.GRAD_X, "grouped_outer", tpu_combine.NAME,
+    }  # fmt: skip
     explicit = jax.jit(functools.partial(expert_mlp, backend=Backend.TPU)).trace(
         arguments[0], arguments[1], jax.eval_shape(lambda e: routing.sort_by_expert(e, 4), jnp.zeros((32, 2), jnp.int32)),
         *arguments[2:],
     )  # fmt: skip
-    assert tpu_mlp.GATE_UP in explicit.lower(lowering_platforms=("tpu",)).as_text(debug_info=True)
+    assert tpu_mlp.GATE_UP in kernel_names(explicit)
 
 
 PRODUCTS = {tpu_mlp.GATE_UP: 2, tpu_mlp.DOWN: 1, tpu_mlp.GRAD_IN: 1, tpu_mlp.GRAD_X: 2}
