@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.grouped_matmul import cpu, gpu, megablox, ragged_dot, reference, tokamax, tpu
+from kernels.grouped_matmul.scaled import Matrices, ScaledMatrices, scale_rows
 
 
 class Backend(enum.StrEnum):
@@ -34,16 +35,18 @@ PLATFORMS = {Backend.TPU: "tpu", Backend.TOKAMAX: "tpu", Backend.GPU: "gpu"}
 
 
 def grouped_matmul(
-    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *, backend: Backend | str = Backend.AUTO
+    lhs_MK: jax.Array, rhs_GKN: Matrices, group_sizes_G: jax.Array, *, backend: Backend | str = Backend.AUTO
 ) -> jax.Array:
     """Multiplies each group's consecutive rows by that group's matrix; differentiable in `lhs_MK` and `rhs_GKN`.
+
+    Of matrices that are `quantize`d only the first gradient is computed; they count as constants.
 
     Rows at or beyond sum(group_sizes) belong to no group: their outputs and the gradients of their inputs are zero, and
     what they hold (NaN too) reaches nothing. A group without rows gets a zero gradient.
 
     Args:
       lhs_MK: rows, sorted by group.
-      rhs_GKN: one matrix per group, of the same dtype.
+      rhs_GKN: one matrix per group, of the same dtype; or from `quantize`.
       group_sizes_G: int32, non-negative, summing to at most M.
       backend: a Backend or its value.
 
@@ -58,30 +61,64 @@ def grouped_matmul(
         raise ValueError(f"need lhs [M, K], rhs [G, K, N], sizes [G]; got {shapes}")
     if lhs_MK.shape[1] != rhs_GKN.shape[1] or rhs_GKN.shape[0] != group_sizes_G.shape[0]:
         raise ValueError(f"lhs {lhs_MK.shape}, rhs {rhs_GKN.shape} and sizes {group_sizes_G.shape} do not fit together")
-    if lhs_MK.dtype != rhs_GKN.dtype or not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
-        raise ValueError(f"dtypes {lhs_MK.dtype}, {rhs_GKN.dtype}, {group_sizes_G.dtype}: need two equal and integers")
+    kind = lhs_MK.dtype if isinstance(rhs_GKN, ScaledMatrices) else rhs_GKN.dtype
+    if lhs_MK.dtype != kind or not jnp.issubdtype(group_sizes_G.dtype, jnp.integer):
+        raise ValueError(f"dtypes {lhs_MK.dtype}, {kind}, {group_sizes_G.dtype}: need two equal and integers")
     return _grouped_matmul(Backend(backend), lhs_MK, rhs_GKN, group_sizes_G.astype(jnp.int32))
 
 
 def product(
     backend: Backend,
     lhs_MK: jax.Array,
-    rhs_GKN: jax.Array,
+    rhs_GKN: Matrices,
     group_sizes_G: jax.Array,
     *,
     transpose_rhs: bool = False,
 ) -> jax.Array:
-    """The forward product; dlhs with `transpose_rhs`, for which `rhs` is [G, N, K]; not differentiable."""
+    """The forward product; dlhs with `transpose_rhs`, for which `rhs` is [G, N, K]; not differentiable.
+
+    Of matrices with scales those belong to axis 2 of `rhs` in both.
+    """
+    if isinstance(rhs_GKN, ScaledMatrices):
+        if not transpose_rhs:
+            return _scaled_product(backend, lhs_MK, rhs_GKN, group_sizes_G)
+        lhs_MK = scale_rows(lhs_MK, rhs_GKN.scale_G1N, group_sizes_G)
+        rhs_GKN = rhs_GKN.values_GKN
+
+    def widened(module: ModuleType, rhs: jax.Array) -> jax.Array:
+        return rhs if module is tpu else rhs.astype(lhs_MK.dtype)
 
     def by(module: ModuleType) -> Callable[..., jax.Array]:
         if transpose_rhs and module in (tpu, megablox, tokamax, gpu):  # read them as they lie
-            return functools.partial(module.product, transpose_rhs=True)
+            return lambda lhs_MK, rhs_GNK, sizes_G: module.product(
+                lhs_MK, widened(module, rhs_GNK), sizes_G, transpose_rhs=True
+            )
         if transpose_rhs:
-            return lambda lhs_MK, rhs_GNK, sizes_G: module.product(lhs_MK, rhs_GNK.swapaxes(1, 2), sizes_G)
+            return lambda lhs_MK, rhs_GNK, sizes_G: module.product(
+                lhs_MK, widened(module, rhs_GNK.swapaxes(1, 2)), sizes_G
+            )
         return module.product
 
     width = rhs_GKN.shape[1 if transpose_rhs else 2]
     return _dispatch(backend, by, _on_gpu(lhs_MK, width), lhs_MK, rhs_GKN, group_sizes_G)
+
+
+def _scaled_product(
+    backend: Backend, lhs_MK: jax.Array, rhs_GKN: ScaledMatrices, group_sizes_G: jax.Array
+) -> jax.Array:
+    """The forward product: on TPU and CPU matrices are made wider as they are read, elsewhere before."""
+
+    def by(module: ModuleType) -> Callable[..., jax.Array]:
+        def call(lhs_MK: jax.Array, values_GKN: jax.Array, scale_G1N: jax.Array, sizes_G: jax.Array) -> jax.Array:
+            if module in (tpu, cpu):
+                return module.product(lhs_MK, ScaledMatrices(values_GKN, scale_G1N), sizes_G)  # type: ignore[no-any-return]
+            out_MN = module.product(lhs_MK, values_GKN.astype(lhs_MK.dtype), sizes_G)
+            return scale_rows(out_MN, scale_G1N, sizes_G)
+
+        return call
+
+    on_gpu = _on_gpu(lhs_MK, rhs_GKN.shape[2])
+    return _dispatch(backend, by, on_gpu, lhs_MK, rhs_GKN.values_GKN, rhs_GKN.scale_G1N, group_sizes_G)
 
 
 def outer(backend: Backend, lhs_MK: jax.Array, dout_MN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
@@ -118,24 +155,25 @@ def _dispatch(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _grouped_matmul(backend: Backend, lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+def _grouped_matmul(backend: Backend, lhs_MK: jax.Array, rhs_GKN: Matrices, group_sizes_G: jax.Array) -> jax.Array:
     return product(backend, lhs_MK, rhs_GKN, group_sizes_G)
 
 
-_Residuals = tuple[jax.Array, jax.Array, jax.Array]
+_Residuals = tuple[jax.Array, Matrices, jax.Array]
 
 
 def _forward(
-    backend: Backend, lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array
+    backend: Backend, lhs_MK: jax.Array, rhs_GKN: Matrices, group_sizes_G: jax.Array
 ) -> tuple[jax.Array, _Residuals]:
     return product(backend, lhs_MK, rhs_GKN, group_sizes_G), (lhs_MK, rhs_GKN, group_sizes_G)
 
 
-def _backward(backend: Backend, residuals: _Residuals, dout_MN: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+def _backward(backend: Backend, residuals: _Residuals, dout_MN: jax.Array) -> tuple[jax.Array, jax.Array | None, None]:
     lhs_MK, rhs_GKN, group_sizes_G = residuals
     dlhs_MK = product(backend, dout_MN, rhs_GKN, group_sizes_G, transpose_rhs=True)
-    drhs_GKN = outer(backend, lhs_MK, dout_MN, group_sizes_G)
-    return dlhs_MK, drhs_GKN, None
+    if isinstance(rhs_GKN, ScaledMatrices):
+        return dlhs_MK, None, None
+    return dlhs_MK, outer(backend, lhs_MK, dout_MN, group_sizes_G), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

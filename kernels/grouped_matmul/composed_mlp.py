@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ def backward(
     saved: Saved,
     dy_MD: jax.Array,
 ) -> Gradients:
-    """Gradients of all arguments."""
+    """Gradients of all arguments; None of quantized matrices."""
     x_RD, dy_RD = take_rows(arguments.x_MD, routing.token_R), take_rows(dy_MD, routing.token_R)
     weight_R1 = take_rows(arguments.weight_MX.reshape(-1, 1), routing.slot_R)
     rows = row_gradients(backend, activation, arguments, routing.group_sizes_E, saved, x_RD, dy_RD, weight_R1)
@@ -72,9 +73,13 @@ def row_gradients(
     dgate_RF, dup_RF = pull(dh_RF * weight_R1)
     dx_RD = product(backend, dgate_RF, gate_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
     dx_RD = dx_RD + product(backend, dup_RF, up_EDF, sizes_E, transpose_rhs=True).astype(jnp.float32)
+    dweight_R = jnp.sum(dh_RF * h_RF, axis=-1)
+    if arguments.is_scaled:
+        constants: Any = (None, None, None)
+        return Gradients(dx_RD.astype(dtype), dweight_R, *constants)
     return Gradients(
         x_MD=dx_RD.astype(dtype),  # rows that are written: half the memory
-        weight_MX=jnp.sum(dh_RF * h_RF, axis=-1),
+        weight_MX=dweight_R,
         gate_EDF=outer(backend, x_RD, dgate_RF, sizes_E),
         up_EDF=outer(backend, x_RD, dup_RF, sizes_E),
         # Like the others, with D before F: the three then lie alike for whoever scatters them along D.

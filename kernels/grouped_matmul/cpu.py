@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels.grouped_matmul.scaled import Matrices, ScaledMatrices
+
 Carry = TypeVar("Carry")
 
 #: Rows of a tile, largest first. Large ones amortise reading the matrix and adding up drhs; a group computes less than the
@@ -92,12 +94,13 @@ def executed_rows(sizes: Sequence[int], rows: int) -> int:
     return executed
 
 
-def read_matrix(rhs_GKN: jax.Array, group: jax.Array) -> jax.Array:
+def read_matrix(rhs_GKN: Matrices, group: jax.Array) -> jax.Array:
     """rhs_GKN[group] in float32 (Eigen has no fast bfloat16 matmul on CPU, so XLA would convert it for every tile)."""
-    return lax.dynamic_index_in_dim(rhs_GKN, group, keepdims=False).astype(jnp.float32)
+    one_KN = jax.tree.map(lambda each: lax.dynamic_index_in_dim(each, group, keepdims=False), rhs_GKN)
+    return one_KN.dense(jnp.float32) if isinstance(one_KN, ScaledMatrices) else one_KN.astype(jnp.float32)
 
 
-def product(lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array) -> jax.Array:
+def product(lhs_MK: jax.Array, rhs_GKN: Matrices, group_sizes_G: jax.Array) -> jax.Array:
     """out[m] = lhs[m] @ rhs[group of m], zero for rows of no group: [M, N] in the dtype of `lhs_MK`."""
     rows, width = lhs_MK.shape[0], rhs_GKN.shape[2]
     out_MN = jnp.zeros((rows, width), lhs_MK.dtype)

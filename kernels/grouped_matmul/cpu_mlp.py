@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,10 @@ _Sums = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # dx, dweight, gradie
 def _read_in(arguments: Arguments, expert: jax.Array) -> jax.Array:
     """Gate and up side by side, [D, 2F]: one wide product is faster than two."""
     return jnp.concatenate([read_matrix(arguments.gate_EDF, expert), read_matrix(arguments.up_EDF, expert)], axis=1)
+
+
+def _floats(arguments: Arguments) -> Sequence[jax.Array]:
+    return arguments[2:]  # type: ignore[return-value]  # see `backward`
 
 
 def forward(activation: Activation, arguments: Arguments, routing: Routing) -> tuple[jax.Array, Saved]:
@@ -51,7 +56,7 @@ def forward(activation: Activation, arguments: Arguments, routing: Routing) -> t
 def backward(
     activation: Activation, arguments: Arguments, routing: Routing, saved: Saved, dy_MD: jax.Array
 ) -> Gradients:
-    """Gradients of all arguments."""
+    """Gradients of all arguments, which are not quantized."""
     x_MD, weight_MX = arguments.x_MD, arguments.weight_MX
     rows, width, neurons = weight_MX.size, x_MD.shape[1], arguments.gate_EDF.shape[2]
     token_R, weight_R1 = routing.token_R, take_rows(weight_MX.reshape(-1, 1), routing.slot_R)
@@ -83,13 +88,13 @@ def backward(
             inner[1],
             *(
                 lax.dynamic_update_index_in_dim(total, part.astype(total.dtype), expert, axis=0)
-                for total, part in zip(carry[2:], (dgate_DF, dup_DF, inner[3]), strict=True)
+                for total, part in zip(_floats(carry), (dgate_DF, dup_DF, inner[3]), strict=True)
             ),
         )
 
     # Inside the loops the first two gradients are in expert order, [R, D] and [R, 1].
     empty_RD, empty_R1 = jnp.zeros((rows, width), jnp.float32), jnp.zeros((rows, 1), jnp.float32)
-    carry = Gradients(empty_RD, empty_R1, *map(jnp.zeros_like, arguments[2:]))
+    carry = Gradients(empty_RD, empty_R1, *map(jnp.zeros_like, _floats(arguments)))
     if rows:
         carry = for_each_group(routing.group_sizes_E, expert_step, carry)
     dx_MD = weighted_sum(carry.x_MD, routing.row_MX).astype(x_MD.dtype)

@@ -164,7 +164,7 @@ def _backward(plan: _Plan, residuals: _Residuals, dy_MD: jax.Array) -> tuple[Gra
         return _Sums(
             _returned(plan, new.x_MD, dx_RD, here),
             exchange.gathered_exchange(new.weight_MX, dweight_R, back, plan.axis),
-            tuple(new[2:]),
+            tuple(new[2:]),  # type: ignore[arg-type]
         )
 
     def more(here: exchange.Window, sums: _Sums) -> _Sums:

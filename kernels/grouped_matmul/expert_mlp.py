@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from kernels.grouped_matmul import composed_mlp, cpu_mlp, tpu_mlp
 from kernels.grouped_matmul.api import Backend
 from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved, named
+from kernels.grouped_matmul.scaled import Matrices, ScaledMatrices
 from kernels.routing import Routing, combine
 
 
@@ -25,9 +26,9 @@ def expert_mlp(
     x_MD: jax.Array,
     weight_MX: jax.Array,
     routing: Routing,
-    gate_EDF: jax.Array,
-    up_EDF: jax.Array,
-    down_EFD: jax.Array,
+    gate_EDF: Matrices,
+    up_EDF: Matrices,
+    down_EFD: Matrices,
     *,
     activation: Activation = jax.nn.silu,
     backend: Backend | str = Backend.AUTO,
@@ -38,7 +39,7 @@ def expert_mlp(
       x_MD: tokens, in token order.
       weight_MX: combine weights, float32.
       routing: from `sort_by_expert`; pairs that are in no group contribute zero.
-      gate_EDF: gate projections, in the dtype of `x_MD`.
+      gate_EDF: gate projections, in the dtype of `x_MD`; or all three from `quantize`, and then constants.
       up_EDF: up projections.
       down_EFD: down projections.
       activation: elementwise function of the gate projection; a module-level function, so that it hashes equal.
@@ -48,7 +49,7 @@ def expert_mlp(
       [M, D] in the dtype of `x_MD`; sums in float32.
 
     Raises:
-      ValueError: shapes that do not fit together.
+      ValueError: shapes that do not fit together, or only some matrices quantized.
     """
     arguments = Arguments(x_MD, weight_MX.astype(jnp.float32), gate_EDF, up_EDF, down_EFD)
     _check(arguments, routing)
@@ -83,6 +84,8 @@ def expert_rows(
 
 def _check(arguments: Arguments, routing: Routing) -> None:
     x_MD, weight_MX, gate_EDF, up_EDF, down_EFD = arguments
+    if arguments.is_scaled and not all(isinstance(each, ScaledMatrices) for each in arguments[2:]):
+        raise ValueError("gate, up and down are quantized all three, or none of them")
     experts, width, neurons = gate_EDF.shape
     shapes = (x_MD.shape[1:], up_EDF.shape, down_EFD.shape, routing.group_sizes_E.shape, routing.row_MX.shape)
     wanted = ((width,), gate_EDF.shape, (experts, neurons, width), (experts,), (x_MD.shape[0], weight_MX.shape[1]))
@@ -147,6 +150,8 @@ def _backward(
 ) -> tuple[Gradients, None]:
     on_cpu = functools.partial(cpu_mlp.backward, activation)
     composed = functools.partial(composed_mlp.backward, backend, activation)
+    if residuals[0].is_scaled:
+        return composed(*residuals, dy_MD), None
     on_tpu = functools.partial(tpu_mlp.backward, activation) if tpu_mlp.fits(residuals[0]) else composed
     return _dispatch(backend, on_cpu, on_tpu, composed, *residuals, dy_MD), None  # type: ignore[return-value]
 

@@ -9,19 +9,26 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.grouped_matmul.scaled import Matrices, ScaledMatrices
+
 PROJECTIONS = "projections"  # name of what Saved holds, for `jax.checkpoint` policies
 
 Activation = Callable[[jax.Array], jax.Array]
 
 
 class Arguments(NamedTuple):
-    """What the expert MLP is differentiable in; its gradients have the same form."""
+    """What the expert MLP is differentiable in; its gradients have the same form, and None where matrices are quantized."""
 
     x_MD: jax.Array
     weight_MX: jax.Array
-    gate_EDF: jax.Array
-    up_EDF: jax.Array
-    down_EFD: jax.Array
+    gate_EDF: Matrices
+    up_EDF: Matrices
+    down_EFD: Matrices
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a matrix is quantized."""
+        return any(isinstance(each, ScaledMatrices) for each in self[2:])
 
 
 Gradients = Arguments

@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels.grouped_matmul import tpu_tiles
+from kernels.grouped_matmul.scaled import Matrices, ScaledMatrices
 from kernels.grouped_matmul.tpu_outer import grouped_outer
 from kernels.grouped_matmul.tpu_product import grouped_product
 from kernels.grouped_matmul.tpu_tiles import LANES, Chip, OuterTiles, ProductTiles, padded, sublanes
 
 
 def product(
-    lhs_MK: jax.Array, rhs_GKN: jax.Array, group_sizes_G: jax.Array, *,
+    lhs_MK: jax.Array, rhs_GKN: Matrices, group_sizes_G: jax.Array, *,
     transpose_rhs: bool = False, tiles: ProductTiles | None = None, chip: Chip | None = None, interpret: Any = False,
 ) -> jax.Array:  # fmt: skip
     """out[m] = lhs[m] @ rhs[group of m], zero for rows of no group: [M, N] in the dtype of `lhs_MK`.
@@ -26,7 +27,7 @@ def product(
 
     Args:
       lhs_MK: rows, sorted by group.
-      rhs_GKN: one matrix per group.
+      rhs_GKN: one matrix per group, in the dtype of `lhs_MK`, int8 or float8_e4m3fn; with scales unless `transpose_rhs`.
       group_sizes_G: int32.
       transpose_rhs: see above.
       tiles: chosen by shape and chip if None.
@@ -39,7 +40,11 @@ def product(
     _check(lhs_MK.dtype)
     here = chip or tpu_tiles.chip()
     rows, width = lhs_MK.shape[0], rhs_GKN.shape[1 if transpose_rhs else 2]
-    lhs_MK, rhs_GKN = _padded(lhs_MK, sublanes(lhs_MK.dtype)), _padded(rhs_GKN, LANES)
+    lhs_MK = _padded(lhs_MK, sublanes(lhs_MK.dtype))
+    if isinstance(rhs_GKN, ScaledMatrices):
+        rhs_GKN = ScaledMatrices(_padded(rhs_GKN.values_GKN, LANES), _padded(rhs_GKN.scale_G1N, 1))
+    else:
+        rhs_GKN = _padded(rhs_GKN, LANES)
     depth, wide = lhs_MK.shape[1], rhs_GKN.shape[1 if transpose_rhs else 2]
     if not (rows and width and rhs_GKN.shape[0] and depth):
         return jnp.zeros((rows, width), lhs_MK.dtype)

@@ -48,7 +48,8 @@ def vmem_bytes(plan: Plan, call: Call, tiles: ProductTiles) -> int:
     else:
         rows = call.lhs * window * call.depth * size
     beside = window * (call.beside * tiles.columns * size + call.of_rows * LANES * 4)
-    held = len(plan.held) * 2 * call.depth * tiles.columns * size
+    matrix = call.depth * jnp.dtype(call.rhs_dtype).itemsize + 8 * 4 * call.scaled  # a scale takes a whole tile
+    held = len(plan.held) * 2 * tiles.columns * matrix
     per_column = tiles.out_slots * tiles.rows + call.align
     outs = sum(
         jnp.dtype(out.dtype).itemsize * out.columns(tiles) * (per_column + ZERO_ROWS * tiles.passes(call.width))

@@ -19,6 +19,7 @@ from jax import lax
 
 from kernels.grouped_matmul import tpu, tpu_gather, tpu_tiles
 from kernels.grouped_matmul.mlp_types import Activation, Arguments, Gradients, Saved, gated
+from kernels.grouped_matmul.scaled import Matrices, ScaledMatrices
 from kernels.grouped_matmul.tpu_combine import sum_rows
 from kernels.grouped_matmul.tpu_plan import Out, Plan
 from kernels.grouped_matmul.tpu_rows import grouped_rows
@@ -34,7 +35,8 @@ def fits(arguments: Arguments) -> bool:
     """Whether the kernels take it: bfloat16 or float32, widths of whole tiles, of packed rows too."""
     _, width, neurons = arguments.gate_EDF.shape
     dtype = arguments.x_MD.dtype
-    if dtype not in (jnp.bfloat16, jnp.float32) or not arguments.weight_MX.size:
+    kinds = {jnp.dtype(each.values_GKN.dtype) if isinstance(each, ScaledMatrices) else None for each in arguments[2:]}
+    if dtype not in (jnp.bfloat16, jnp.float32) or not arguments.weight_MX.size or len(kinds) > 1:
         return False
     return neurons % LANES == 0 and width % (LANES * 4 // dtype.itemsize) == 0
 
@@ -95,7 +97,7 @@ def forward(
     (_, width, neurons), pad = gate_EDF.shape, functools.partial(_with_rows, unit=sublanes(dtype))
     h_RF, *saved = grouped_rows(
         [tpu_gather.packed(x_MD)], [gate_EDF, up_EDF], sizes_E, gate_up_plan(activation, dtype, keep), width=neurons,
-        index_M=pad(routing.token_R), here=here, **how,
+        dtype=dtype, index_M=pad(routing.token_R), here=here, **how,
     )  # fmt: skip
     y_R1W = _packed_rows(DOWN, [h_RF], [down_EFD], sizes_E, width, False, here, how)
     y_MD = sum_rows(y_R1W, routing.row_MX, weight_MX, dtype, here=here, interpret=how.get("interpret", False))
@@ -109,7 +111,7 @@ def backward(
     activation: Activation, arguments: Arguments, routing: Routing, saved: Saved, dy_MD: jax.Array, *,
     chip: Chip | None = None, **how: Any,
 ) -> Gradients:  # fmt: skip
-    """Gradients of all arguments."""
+    """Gradients of all arguments, which are not quantized."""
     x_MD, weight_MX, gate_EDF, up_EDF, down_EFD = arguments
     here, dtype, sizes_E = chip or tpu_tiles.chip(), x_MD.dtype, routing.group_sizes_E
     (_, width, neurons), pad = gate_EDF.shape, functools.partial(_with_rows, unit=sublanes(dtype))
@@ -133,13 +135,13 @@ def backward(
 
 
 def _packed_rows(
-    name: str, lhs: Sequence[jax.Array], rhs: Sequence[jax.Array], sizes_E: jax.Array, width: int, transpose_rhs: bool,
+    name: str, lhs: Sequence[jax.Array], rhs: Sequence[Matrices], sizes_E: jax.Array, width: int, transpose_rhs: bool,
     here: Chip, how: dict[str, Any],
 ) -> jax.Array:  # fmt: skip
     dtype = lhs[0].dtype
     words = width * dtype.itemsize // 4
     plan = packed_plan(name, len(lhs), words, dtype, transpose_rhs)
-    return grouped_rows(lhs, rhs, sizes_E, plan, width=words, here=here, **how)[0]
+    return grouped_rows(lhs, rhs, sizes_E, plan, width=words, dtype=dtype, here=here, **how)[0]
 
 
 def _with_rows(x: jax.Array, unit: int) -> jax.Array:

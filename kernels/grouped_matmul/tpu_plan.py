@@ -72,8 +72,10 @@ class Call:
       lhs, rhs, beside, of_rows: numbers of arrays.
       gathered: whether rows are.
       piece: rows that are gathered together.
-      dtype: of rows and matrices.
+      dtype: of rows.
       align: rows of a sublane tile.
+      held_dtype: of matrices, if that is another one.
+      scaled: whether their columns have scales.
     """
 
     rows: int
@@ -88,3 +90,10 @@ class Call:
     piece: int
     dtype: Any
     align: int
+    held_dtype: Any = None
+    scaled: bool = False
+
+    @property
+    def rhs_dtype(self) -> Any:
+        """Of matrices."""
+        return self.held_dtype or self.dtype

@@ -25,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.grouped_matmul import tpu_gather, tpu_rows_kernel
+from kernels.grouped_matmul.scaled import Matrices, ScaledMatrices
 from kernels.grouped_matmul.tpu_fused_tiles import ZERO_ROWS, rows_tiles
 from kernels.grouped_matmul.tpu_plan import Call, Plan
 from kernels.grouped_matmul.tpu_tiles import LANES, Chip, ProductTiles, sublanes, vmem_limit
@@ -33,33 +34,40 @@ PIECE = 256  # rows that are gathered together
 
 
 def grouped_rows(
-    lhs: Sequence[jax.Array], rhs: Sequence[jax.Array], group_sizes_G: jax.Array, plan: Plan, *, width: int,
+    lhs: Sequence[jax.Array], matrices: Sequence[Matrices], group_sizes_G: jax.Array, plan: Plan, *, width: int,
     beside: Sequence[jax.Array] = (), of_rows: Sequence[jax.Array] = (), index_M: jax.Array | None = None,
+    dtype: Any = None,
     here: Chip, tiles: ProductTiles | None = None, piece: int = PIECE, interpret: Any = False,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """The outputs of a plan, [M, width] each; rows of no group are zero.
 
     Args:
       lhs: rows [M, K], M a multiple of a sublane tile, K one of LANES; or one array of them, `tpu_gather.packed`.
-      rhs: matrices [G, K, N], or [G, N, K] with `plan.transpose_rhs`.
+      matrices: [G, K, N], or [G, N, K] with `plan.transpose_rhs`; quantized all or none, and not with that.
       group_sizes_G: int32.
       plan: see there.
       width: of the outputs, a multiple of `tiles.columns`.
       beside: [M, width], for `plan.finish`.
       of_rows: float32 [M, LANES], for `plan.finish`.
+      dtype: of the rows, if not that of the matrices.
       index_M: which of the rows of `lhs` is wanted where; with it, they are gathered.
       here: the chip.
       tiles: chosen by plan, shape and chip if None.
       piece: rows that are gathered together, a power of two; `tiles.rows` touches fewer than `tpu_gather.HELD` pieces.
       interpret: as in `tpu.product`.
     """
-    depth, dtype = rhs[0].shape[2 if plan.transpose_rhs else 1], rhs[0].dtype
+    scales = [each.scale_G1N for each in matrices if isinstance(each, ScaledMatrices)]
+    assert len(scales) in (0, len(matrices))
+    assert not (scales and plan.transpose_rhs)
+    rhs = [each.values_GKN if isinstance(each, ScaledMatrices) else each for each in matrices]
+    depth, dtype = rhs[0].shape[2 if plan.transpose_rhs else 1], dtype or rhs[0].dtype
     call = Call(
         (lhs[0] if index_M is None else index_M).shape[0], rhs[0].shape[0], depth, width,
         len(lhs), len(rhs), len(beside), len(of_rows), index_M is not None, piece, dtype, sublanes(dtype),
+        rhs[0].dtype, bool(scales),
     )  # fmt: skip
     tiles = tiles or rows_tiles(plan, call, here)
-    inputs = [*lhs, *beside, *of_rows, *rhs]
+    inputs = [*lhs, *beside, *of_rows, *rhs, *scales]
     if index_M is not None:
         inputs = [jnp.pad(index_M, (0, -call.rows % piece)).reshape(-1, piece), *inputs]
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -86,7 +94,8 @@ def grouped_rows(
 
 def _cost(plan: Plan, call: Call, tiles: ProductTiles) -> pl.CostEstimate:
     size, products, passes = call.dtype.itemsize, sum(len(part) for part in plan.parts), tiles.passes(call.width)
-    nbytes = size * call.depth * (len(plan.held) * call.groups * call.width + call.lhs * passes * call.rows)
+    matrix = call.width * (call.depth * jnp.dtype(call.rhs_dtype).itemsize + 4 * call.scaled)
+    nbytes = len(plan.held) * call.groups * matrix + size * call.depth * call.lhs * passes * call.rows
     nbytes += call.rows * (size * call.beside * call.width + 4 * call.of_rows * passes * LANES)
     for out in plan.outs:
         nbytes += jnp.dtype(out.dtype).itemsize * call.rows * passes * out.columns(tiles)
@@ -111,7 +120,8 @@ def _scratch(plan: Plan, call: Call, tiles: ProductTiles) -> list[Any]:
         *rows,
         *(pltpu.VMEM((*window, tiles.columns), call.dtype) for _ in range(call.beside)),
         *(pltpu.VMEM((*window, LANES), jnp.float32) for _ in range(call.of_rows)),
-        *(pltpu.VMEM((2, *held), call.dtype) for _ in plan.held),
+        *(pltpu.VMEM((2, *held), call.rhs_dtype) for _ in plan.held),
+        *(pltpu.VMEM((2, 1, tiles.columns), jnp.float32) for _ in plan.held if call.scaled),
         *(pltpu.VMEM((tiles.out_slots, tiles.rows, columns), dtype) for dtype, columns in outs),
         *(pltpu.VMEM((call.align, columns), dtype) for dtype, columns in outs),
         *(pltpu.VMEM((ZERO_ROWS, passes * columns), dtype) for dtype, columns in outs),

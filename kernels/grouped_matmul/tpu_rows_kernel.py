@@ -32,8 +32,8 @@ class _Refs:
 
         outs = len(plan.outs)
         self.index = take(1 if call.gathered else 0)
-        self.lhs, self.beside, self.of_rows, self.rhs = (
-            take(count) for count in (call.lhs, call.beside, call.of_rows, call.rhs)
+        self.lhs, self.beside, self.of_rows, self.rhs, self.scales = (
+            take(count) for count in (call.lhs, call.beside, call.of_rows, call.rhs, call.rhs * call.scaled)
         )  # fmt: skip
         # A packed output without its axis of one.
         self.outs = [ref.at[:, 0] if out.is_packed else ref for ref, out in zip(take(outs), plan.outs, strict=True)]
@@ -41,11 +41,9 @@ class _Refs:
         self.gather = take(tpu_gather.SCRATCHES + 1 if call.gathered else 0)
         self.lhs_held = take(0 if call.gathered else call.lhs)
         self.beside_held, self.of_rows_held = take(call.beside), take(call.of_rows)
-        self.rhs_held, self.outs_held, self.shared, self.zeros = (
-            take(len(plan.held)),
-            take(outs),
-            take(outs),
-            take(outs),
+        held = len(plan.held)
+        self.rhs_held, self.scales_held, self.outs_held, self.shared, self.zeros = (
+            take(count) for count in (held, held * call.scaled, outs, outs, outs)
         )
         self.rows_done_S, self.rhs_done_S, self.out_done_S, self.zero_done = take(4)
 
@@ -83,9 +81,16 @@ class _Copies:
             ref, here = self._refs.rhs[matrix], self._columns(visit, offset)
             return ref.at[visit.group, here] if self._plan.transpose_rhs else ref.at[visit.group, :, here]
 
+        def scale(matrix: int, offset: int) -> Any:
+            return self._refs.scales[matrix].at[visit.group, :, self._columns(visit, offset)]
+
+        pairs = [(source(*which), held) for which, held in zip(self._plan.held, self._refs.rhs_held, strict=True)]
+        if self._refs.scales:
+            pairs += [
+                (scale(*which), held) for which, held in zip(self._plan.held, self._refs.scales_held, strict=True)
+            ]
         return Together(
-            pltpu.make_async_copy(source(*which), held.at[slot], self._refs.rhs_done_S.at[slot])
-            for which, held in zip(self._plan.held, self._refs.rhs_held, strict=True)
+            pltpu.make_async_copy(source, held.at[slot], self._refs.rhs_done_S.at[slot]) for source, held in pairs
         )
 
     def outs(self, slot: Any, size: Any, start: Any = 0, column: Any = 0) -> Together:
@@ -144,7 +149,7 @@ def kernel(sizes_G: Any, *references: Any, plan: Plan, call: Call, tiles: Produc
             held_rows.hold(visit, end)
         copies.rows(visit, rows_slot).wait()
         outgoing.wait(out_slot)
-        block = _Block(plan, tiles, refs, rows_slot, out_slot, held_rows, visit, start)
+        block = _Block(plan, tiles, refs, rows_slot, out_slot, held_rows, visit, start, call.dtype)
         _multiply(block, size, rhs_slot)
         written = size
         for held, shared in zip(refs.outs_held, refs.shared, strict=True):
@@ -197,6 +202,7 @@ class _Block:
     held_rows: tpu_gather.HeldRows | None
     visit: Visit
     start: Any
+    dtype: Any
 
     def place(self, row: Any) -> Any:
         """Where a row of the window stands among the gathered ones."""
@@ -208,7 +214,7 @@ class _Block:
         refs, wide = self.refs, self.tiles.block_columns
         rows, columns = pl.ds(first, count), pl.ds(pl.multiple_of(column, wide), wide)
         numbers = (((1,), (1 if self.plan.transpose_rhs else 0,)), ((), ()))
-        precision = lax.Precision.HIGHEST if refs.rhs[0].dtype == jnp.float32 else lax.Precision.DEFAULT
+        precision = lax.Precision.HIGHEST if self.dtype == jnp.float32 else lax.Precision.DEFAULT
 
         def product(lhs: int, held: int) -> jax.Array:
             matrix = refs.rhs_held[held].at[rhs_slot]
@@ -217,7 +223,11 @@ class _Block:
             else:
                 left = self.held_rows.held_RD[pl.ds(lhs_first, count)]
             right = matrix[columns, :] if self.plan.transpose_rhs else matrix[:, columns]
-            return lax.dot_general(left, right, numbers, precision=precision, preferred_element_type=jnp.float32)
+            # Matrices of 8 bits are made wider here, each time: between the matrix instructions that costs next to nothing.
+            result = lax.dot_general(
+                left, right.astype(left.dtype), numbers, precision=precision, preferred_element_type=jnp.float32
+            )
+            return result * refs.scales_held[held][rhs_slot, :, columns] if refs.scales else result
 
         parts = [functools.reduce(jnp.add, (product(*pair) for pair in part)) for part in self.plan.parts]
         beside = [each[self.rows_slot, rows, columns] for each in refs.beside_held]

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kernels.grouped_matmul import scaled
 from kwaicoder_jax.models import StoredMatrix
 
 
@@ -65,9 +66,7 @@ def quantise(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 
     scale = max |x| / 127, and |x - q * scale| <= scale / 2.
     """
-    x32 = x.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(x32), axis=axis, keepdims=True), 1e-30) / 127.0
-    return jnp.round(x32 / scale).astype(jnp.int8), scale
+    return scaled.scaled(x, axis)
 
 
 def int8(matrix_JF: jax.Array) -> Int8Matrix:

@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from kernels.grouped_matmul import ScaledMatrices, quantize
 from kwaicoder_jax import models
 from kwaicoder_jax.inference import matrices
 from kwaicoder_jax.inference.matrices import Columns, FloatMatrix, Matrix
@@ -30,7 +31,7 @@ class Form(enum.StrEnum):
     """How matrices are stored."""
 
     FLOAT = "float"  # in the dtype of the computation
-    INT8 = "int8"  # see `matrices.Int8Matrix`; routed experts stay float
+    INT8 = "int8"  # see `matrices.Int8Matrix`; routed experts by `kernels.grouped_matmul.quantize`, on one device
 
 
 @flax.struct.dataclass
@@ -38,12 +39,12 @@ class Stack:
     """The layers of one stack.
 
     Attributes:
-      arrays: of each layer, by path: what is stored as declared.
+      arrays: of each layer, by path: what is stored as declared, and quantized experts.
       matrices: of each layer, by name.
       parts: (path of a declared weight, name of its matrix, first column, axes behind the contracted ones).
     """
 
-    arrays: tuple[dict[str, jax.Array], ...]
+    arrays: tuple[dict[str, jax.Array | ScaledMatrices], ...]
     matrices: tuple[dict[str, Matrix], ...]
     parts: tuple[tuple[str, str, int, tuple[int, ...]], ...] = flax.struct.field(pytree_node=False)
 
@@ -143,6 +144,7 @@ def _stack(flat: Mapping[str, Any], config: ModelConfig, form: Form, alone: bool
     """One stack, from its parameters by path, each with a leading layer axis."""
     groups = _groups(flat, together=alone) if alone or form is Form.INT8 else {}
     grouped = {path for paths in groups.values() for path in paths}
+    experts = _experts(flat, config) if alone and form is Form.INT8 else set()
     parts, arrays, joined = [], [], []
     for name, paths in groups.items():
         start = 0
@@ -152,7 +154,13 @@ def _stack(flat: Mapping[str, Any], config: ModelConfig, form: Form, alone: bool
             start += math.prod(outer)
     for layer in range(next(iter(flat.values())).shape[0]):
         one = {path: _made(_layer, leaf, layer, dtype=_dtype(path, leaf, config)) for path, leaf in flat.items()}
-        arrays.append({path: leaf for path, leaf in one.items() if path not in grouped})
+        arrays.append(
+            {
+                path: _made(_quantized, leaf) if path in experts else leaf
+                for path, leaf in one.items()
+                if path not in grouped
+            }
+        )
         flats = {path: _made(_flat, one[path], inner=_inner(path)) for path in grouped}
         joined.append(
             {name: _made(_matrix, tuple(flats[path] for path in paths), form=form) for name, paths in groups.items()}
@@ -173,6 +181,13 @@ def _groups(flat: Mapping[str, Any], *, together: bool) -> dict[str, list[str]]:
     return found
 
 
+def _experts(flat: Mapping[str, Any], config: ModelConfig) -> set[str]:
+    """Paths of the routed experts' matrices, unless these are made longer by biases."""
+    if config.experts is None or config.experts.bias:
+        return set()
+    return {path for path in flat if path in ("moe/gate", "moe/up", "moe/down")}
+
+
 def _inner(path: str) -> int:
     return INNER.get(path.rpartition("/")[2], 1)
 
@@ -184,6 +199,11 @@ def _dtype(path: str, leaf: Any, config: ModelConfig) -> str:
 @functools.partial(jax.jit, static_argnames="dtype")
 def _layer(stacked: jax.Array, layer: Any, dtype: str) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False).astype(dtype)
+
+
+@jax.jit
+def _quantized(matrices_EDF: jax.Array) -> ScaledMatrices:
+    return quantize(matrices_EDF)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

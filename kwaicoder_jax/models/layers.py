@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from kernels.grouped_matmul import PROJECTIONS
+from kernels.grouped_matmul import PROJECTIONS, ScaledMatrices
 from kwaicoder_jax.models import quantization
 from kwaicoder_jax.models.config import ModelConfig, Runtime
 from kwaicoder_jax.models.mesh_axes import (
@@ -39,7 +39,7 @@ def declare(
     Everything else (mesh sharding, checkpoint layout, weight decay, every transform) reads `models.declarations`.
     """
     given: Any = module.get_variable("params", name)
-    if isinstance(given, StoredMatrix):  # has not the declared shape, which Linen would check
+    if isinstance(given, StoredMatrix | ScaledMatrices):  # has not the declared shape, which Linen would check
         return given  # type: ignore[return-value]
     value: Any = module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
     return value  # Linen unboxes it

@@ -186,7 +186,10 @@ class MoE(nn.Module):
         up_EDF = declare(self, "up", in_shape, in_axes, init, c.param_dtype)
         down_EFD = declare(self, "down", out_shape, out_axes, out_init, c.param_dtype)
         mesh = _mesh_of(x_BTD, rows=recording(self))
-        weights: Any = tuple(weight.astype(c.dtype) for weight in (gate_EDF, up_EDF, down_EFD))
+        weights: Any = tuple(
+            weight if isinstance(weight, grouped_matmul.ScaledMatrices) else weight.astype(c.dtype)
+            for weight in (gate_EDF, up_EDF, down_EFD)
+        )
 
         x_MD = flat(x_BTD, mesh)
         logits_ME = jnp.einsum(

@@ -11,6 +11,7 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
+from kernels.grouped_matmul import ScaledMatrices
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.models.attention import Cache
 from kwaicoder_jax.models.config import ModelConfig, Runtime
@@ -181,7 +182,7 @@ def _narrowed(params: Params, config: ModelConfig) -> Params:
 
     def cast(path: str, leaf: Any) -> Any:
         in_layers = path.startswith(("layers/", "dense_layers/"))
-        if not in_layers or path.endswith(AS_STORED) or isinstance(leaf, StoredMatrix):
+        if not in_layers or path.endswith(AS_STORED) or isinstance(leaf, StoredMatrix | ScaledMatrices):
             return leaf
         return leaf.astype(config.dtype) if jnp.dtype(config.dtype).itemsize < leaf.dtype.itemsize else leaf
 

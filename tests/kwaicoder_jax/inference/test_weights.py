@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels.grouped_matmul import ScaledMatrices
 from kwaicoder_jax import models, testing
 from kwaicoder_jax.inference import Form, prepare
 from kwaicoder_jax.inference.matrices import Int8Matrix
-from kwaicoder_jax.models import Runtime
+from kwaicoder_jax.models import ExpertsConfig, Runtime
 
 CONFIGS = testing.small_configs() | testing.family_configs()
 LATENT = CONFIGS["deepseek_v3"].replace(layers=1, dense_layers=0, experts=None)  # no choice of experts, which may flip
@@ -37,7 +38,12 @@ def test_float(name):
     assert weights.platform == "cpu"
 
 
-@pytest.mark.parametrize("config", [testing.dense_config(layers=2), LATENT], ids=["dense", "latent"])
+ALL_EXPERTS = testing.moe_config(layers=2, experts=ExpertsConfig(3, 3, 24))  # no choice either
+
+
+@pytest.mark.parametrize(
+    "config", [testing.dense_config(layers=2), LATENT, ALL_EXPERTS], ids=["dense", "latent", "experts"]
+)
 def test_int8(config):
     """Half a scale at most in every matrix and activation is a few percent of the logits' spread in layers so narrow;
     a wrong or a missing scale gives 100% and more."""
@@ -47,6 +53,16 @@ def test_int8(config):
     assert np.abs(got - expected).max() < 0.25 * spread
     stored = [m for stack in weights.stacks.values() for layer in stack.matrices for m in layer.values()]
     assert all(isinstance(m, Int8Matrix) and m.matrix_JF.dtype == jnp.int8 for m in [*stored, weights.head])
+    layers = [layer for stack in weights.stacks.values() for layer in stack.arrays]
+    experts = [x for layer in layers for name, x in layer.items() if name in ("moe/gate", "moe/up", "moe/down")]
+    assert len(experts) == (6 if config.experts else 0)
+    assert all(isinstance(x, ScaledMatrices) and x.values_GKN.dtype == jnp.int8 for x in experts)
+
+
+def test_int8_leaves_experts_with_biases_as_they_are():
+    config = CONFIGS["mixtral_with_biases"]
+    (stack,) = prepare(testing.random_params(config), config, "int8").stacks.values()
+    assert stack.arrays[0]["moe/gate"].dtype == jnp.float32
 
 
 def test_bfloat16():
