@@ -6,11 +6,12 @@ loader = TrainingLoader(corpus, [PhaseSpec(100, 32, 512, {"code": 1.0})], seed=0
 """
 
 from kwaicoder_jax.data.corpus import Corpus, Documents
+from kwaicoder_jax.data.documents import Document
 from kwaicoder_jax.data.fill_in_the_middle import FimOptions, infilling_prompt
 from kwaicoder_jax.data.loader import PhaseSpec, TrainingLoader, check_streams, merge_states, prefetch
 from kwaicoder_jax.data.packing import Batch
 from kwaicoder_jax.data.prepare import KINDS, prepare
-from kwaicoder_jax.data.sources import Document, Source
+from kwaicoder_jax.data.sources import Source
 from kwaicoder_jax.data.spellings import can_infill, stop_tokens, with_end
 from kwaicoder_jax.data.tokenizer import SpecialTokens, Tokenizer
 from kwaicoder_jax.data.validation import validation_batches

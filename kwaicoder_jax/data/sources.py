@@ -13,19 +13,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kwaicoder_jax.data.documents import Document
 from kwaicoder_jax.errors import UserError
 
 LONGEST_LINE = 1000  # characters; the OpenCoder rule: longer lines are data or minified code
 READ_LIMIT = 1_000_000  # bytes; a larger file is not even read
-
-
-@dataclasses.dataclass(frozen=True)
-class Document:
-    """One text with the source it came from and a name that does not depend on where files lie."""
-
-    source: str
-    identifier: str
-    text: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
