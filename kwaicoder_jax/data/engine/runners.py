@@ -1,0 +1,167 @@
+"""Where tasks are performed: in this process, in some on this machine, or by Apache Beam.
+
+A step's tasks do not depend on each other, and each writes what depends on its inputs alone. So runners differ in where they
+work and in which order, and in nothing that is written.
+"""
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from kwaicoder_jax.data.engine.steps import Done, Task, perform
+from kwaicoder_jax.data.engine.store import Result, Store
+from kwaicoder_jax.errors import UserError
+
+Progress = Callable[[str, int, int], None]
+
+
+class Runner(Protocol):
+    """Performs tasks."""
+
+    def perform(self, store: Store, tasks: Sequence[Task]) -> Iterator[tuple[int, Done]]:
+        """Yields the place of each task and what came of it, in any order."""
+
+
+def run(store: Store, tasks: Sequence[Task], runner: Runner, progress: Progress | None = None) -> list[Result]:
+    """Performs all tasks, and returns what they made, in their order.
+
+    Args:
+      store: where everything is.
+      tasks: of one step.
+      runner: who performs them.
+      progress: called with (the step's name, tasks done, tasks in all).
+
+    Raises:
+      UserError: one failed; the others were performed.
+    """
+    done: list[Done | None] = [None] * len(tasks)
+    for count, (place, each) in enumerate(runner.perform(store, tasks), 1):
+        done[place] = each
+        if progress is not None:
+            progress(tasks[place].step.name, count, len(tasks))
+    results = [each.result for each in done if each is not None and each.result is not None]
+    if len(results) < len(tasks):
+        errors = [each.error for each in done if each is not None and each.result is None]
+        where = f"{len(tasks) - len(results)} of {len(tasks)} tasks of {tasks[0].step.name} failed"
+        raise UserError(errors[0] if errors else "they were not performed", where=where)
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class InProcess:
+    """One after the other, here."""
+
+    def perform(self, store: Store, tasks: Sequence[Task]) -> Iterator[tuple[int, Done]]:
+        """See Runner."""
+        for place, task in enumerate(tasks):
+            yield place, perform(store, task)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """In `workers` processes of this machine, each a fresh interpreter."""
+
+    workers: int
+
+    def perform(self, store: Store, tasks: Sequence[Task]) -> Iterator[tuple[int, Done]]:
+        """See Runner."""
+        left = [place for place, task in enumerate(tasks) if store.find(task.action) is None]
+        yield from ((place, perform(store, tasks[place])) for place in sorted(set(range(len(tasks))) - set(left)))
+        if not left:
+            return
+        context = multiprocessing.get_context("spawn")
+        workers = min(self.workers, len(left))
+        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_the_parent)
+        with pool:
+            waiting = {pool.submit(perform, store, tasks[place]): place for place in left}
+            try:
+                for future in concurrent.futures.as_completed(waiting):
+                    yield waiting[future], future.result()
+            except concurrent.futures.process.BrokenProcessPool:
+                what = "a worker was killed, for want of memory perhaps"
+                raise UserError(what, where="prepare_data.workers", remedy="run again with fewer workers") from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _end_with_the_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+@dataclasses.dataclass(frozen=True)
+class Beam:
+    """By an Apache Beam runner, of which every worker sees the store.
+
+    Attributes:
+      options: of the pipeline, as on a command line: ("--runner=FlinkRunner", ...); the Direct runner if there are none.
+    """
+
+    options: tuple[str, ...] = ()
+
+    def perform(self, store: Store, tasks: Sequence[Task]) -> Iterator[tuple[int, Done]]:
+        """See Runner; what was made is found in the store, errors come in a file of their own."""
+        beam = _beam()
+        left = [task for task in tasks if store.find(task.action) is None]
+        failures = _Failures(store)
+        if left:
+            options = beam.options.pipeline_options.PipelineOptions(list(self.options))
+            with beam.Pipeline(options=options) as pipeline:
+                _ = (
+                    pipeline
+                    | beam.Create(left)
+                    | beam.Reshuffle()  # a task is not fused with the making of the list: each may go to another worker
+                    | beam.Map(failures.perform)
+                )
+        for place, task in enumerate(tasks):
+            result = store.find(task.action)
+            yield place, Done(None, failures.of(task)) if result is None else Done(result)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failures:
+    """Errors of tasks that another machine performed: objects of the store, under the action's name."""
+
+    store: Store
+
+    def perform(self, task: Task) -> str:
+        done = perform(self.store, task)
+        if done.result is None:
+            self.store.record(f"failed-{task.action}", Result({}, {"error": done.error}))
+        return task.action
+
+    def of(self, task: Task) -> str:
+        found = self.store.find(f"failed-{task.action}")
+        return found.facts["error"] if found else "was not performed"
+
+
+def _beam() -> Any:
+    try:
+        import apache_beam as beam
+        import apache_beam.options.pipeline_options
+    except ImportError:
+        what, remedy = "Apache Beam is not installed", "pip install apache-beam, or choose another engine"
+        raise UserError(what, where="prepare_data.engine", remedy=remedy) from None
+    return beam
+
+
+def chosen(engine: str, workers: int, options: Sequence[str] = ()) -> Runner:
+    """The runner by name: "local", with as many processes or in this one with 0, or "beam"; UserError for another."""
+    if engine == "beam":
+        return Beam(tuple(options))
+    if engine != "local":
+        raise UserError(f"{engine!r} is no engine", where="prepare_data.engine", remedy="local or beam")
+    if workers < 0:
+        raise UserError(f"{workers} is negative", where="prepare_data.workers", remedy="0 works in this process")
+    return Processes(workers) if workers else InProcess()

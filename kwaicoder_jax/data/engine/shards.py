@@ -1,0 +1,59 @@
+"""Documents between two steps: lines of JSON, compressed with zstd, and arrays."""
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import zstandard
+
+from kwaicoder_jax.data.documents import Document
+from kwaicoder_jax.data.engine.store import Store
+from kwaicoder_jax.errors import UserError
+
+_LEVEL = 3
+_BLOCK = 2**20  # bytes
+
+
+def write(store: Store, documents: Iterable[Document]) -> str:
+    """Writes documents as one object, streamed; returns its name. The same documents give the same bytes."""
+    with store.writing() as (output, names):
+        compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
+        waiting: list[bytes] = []
+        size = 0
+        for document in documents:
+            line = document.encoded()
+            waiting += (line, b"\n")
+            size += len(line) + 1
+            if size >= _BLOCK:
+                output.write(compressor.compress(b"".join(waiting)))
+                waiting, size = [], 0
+        output.write(compressor.compress(b"".join(waiting)) + compressor.flush())
+    return names[0]
+
+
+def read(path: Path) -> Iterator[Document]:
+    """Yields them."""
+    return map(Document.decoded, lines(path))
+
+
+def lines(path: Path) -> Iterator[bytes]:
+    """Yields the lines of a compressed file, without their ends; UserError where it is cut off or something else."""
+    try:
+        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+            for line in io.BufferedReader(stream, _BLOCK):  # type: ignore[type-var]
+                yield line.rstrip(b"\n")
+    except zstandard.ZstdError as error:
+        raise UserError(f"cannot be read ({error})", where=str(path), remedy="remove it and run again") from error
+
+
+def write_array(store: Store, array: np.ndarray) -> str:
+    """Writes an array as it lies in memory, as .npy; returns the object's name."""
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array), allow_pickle=False)
+    return store.add(buffer.getvalue())
+
+
+def read_array(store: Store, digest: str, *, mapped: bool = False) -> np.ndarray:
+    """Reads it; or maps it, so that only what is used comes into memory."""
+    return np.load(store.path(digest), mmap_mode="r" if mapped else None, allow_pickle=False)
