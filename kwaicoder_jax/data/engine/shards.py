@@ -13,12 +13,13 @@ from kwaicoder_jax.errors import UserError
 
 _LEVEL = 3
 _BLOCK = 2**20  # bytes
+_REMEDY = "remove it and run again"
 
 
 def write(store: Store, documents: Iterable[Document]) -> str:
     """Writes documents as one object, streamed; returns its name. The same documents give the same bytes."""
     with store.writing() as (output, names):
-        compressor = zstandard.ZstdCompressor(level=_LEVEL).compressobj()
+        compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compressobj()
         waiting: list[bytes] = []
         size = 0
         for document in documents:
@@ -39,12 +40,16 @@ def read(path: Path) -> Iterator[Document]:
 
 def lines(path: Path) -> Iterator[bytes]:
     """Yields the lines of a compressed file, without their ends; UserError where it is cut off or something else."""
+    decompressor, rest = zstandard.ZstdDecompressor().decompressobj(), b""
     try:
-        with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
-            for line in io.BufferedReader(stream, _BLOCK):  # type: ignore[type-var]
-                yield line.rstrip(b"\n")
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                *whole, rest = (rest + decompressor.decompress(block)).split(b"\n")
+                yield from whole
     except zstandard.ZstdError as error:
-        raise UserError(f"cannot be read ({error})", where=str(path), remedy="remove it and run again") from error
+        raise UserError(f"cannot be read ({error})", where=str(path), remedy=_REMEDY) from error
+    if not decompressor.eof or rest:
+        raise UserError("cannot be read (it is cut off)", where=str(path), remedy=_REMEDY)
 
 
 def write_array(store: Store, array: np.ndarray) -> str:
