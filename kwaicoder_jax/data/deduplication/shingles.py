@@ -23,6 +23,7 @@ def _classes() -> np.ndarray:
 
 
 _CLASSES = _classes()
+_WORDS_ALONE = np.where(_CLASSES == _WORD, _WORD, _SPACE).astype(np.uint8)
 
 
 def shingles(texts: Sequence[bytes], width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,21 +36,25 @@ def shingles(texts: Sequence[bytes], width: int) -> tuple[np.ndarray, np.ndarray
     Returns:
       uint64 [shingles] and int64 [texts + 1].
     """
-    token_T, text_T = tokens(texts)
+    return runs(*tokens(texts), len(texts), width)
+
+
+def runs(token_T: np.ndarray, text_T: np.ndarray, texts: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """`shingles`, from the tokens."""
     count = max(len(token_T) - width + 1, 0)
     hash_S = np.zeros(count, np.uint64)
     for place in range(width):  # order counts: each place has a factor of its own
         hash_S += token_T[place : place + count] * np.uint64(pow(_BASE, place + 1, 2**64))
     whole_S = text_T[:count] == text_T[width - 1 : width - 1 + count]
-    offsets = np.searchsorted(text_T[:count][whole_S], np.arange(len(texts) + 1))
+    offsets = np.searchsorted(text_T[:count][whole_S], np.arange(texts + 1))
     return mixed(hash_S[whole_S]), offsets
 
 
-def tokens(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all tokens, uint64, and the text that each is of."""
+def tokens(texts: Sequence[bytes], *, words_alone: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes of all tokens, uint64, and the text that each is of; with `words_alone` other bytes are as white space."""
     # A space between texts, so that no token reaches over their border.
     byte_N = np.frombuffer(b" ".join((*texts, b"")), np.uint8)
-    class_N = _CLASSES[byte_N]
+    class_N = (_WORDS_ALONE if words_alone else _CLASSES)[byte_N]
     before_N = np.concatenate([[_SPACE], class_N[:-1]])
     begins_N = (class_N == _OTHER) | ((class_N == _WORD) & (before_N != _WORD))
     behind_N = (before_N == _OTHER) | ((before_N == _WORD) & (class_N != _WORD))  # the byte behind a token's last one
