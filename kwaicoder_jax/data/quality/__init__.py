@@ -1,0 +1,7 @@
+"""Model-based quality: a classifier that is trained on labels, calibrated, and run over every document."""
+
+from kwaicoder_jax.data.quality.calibration import calibrated, measures
+from kwaicoder_jax.data.quality.features import Features, features
+from kwaicoder_jax.data.quality.scorer import Scorer, train
+
+__all__ = ["Features", "Scorer", "calibrated", "features", "measures", "train"]
