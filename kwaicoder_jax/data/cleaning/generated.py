@@ -14,7 +14,7 @@ _MARKS = re.compile(
     rf"""@generated\b
     | \bDO[ ]NOT[ ](?:EDIT|MODIFY|CHANGE)\b
     | \bdo[ ]not[ ](?:edit|modify)[ ](?:(?:this|the)[ ]file\b|it[ ]by\b|by[ ]hand|manually|directly)
-    | \b{_WHAT}[ ](?:is|was|has[ ]been|were|are)[ ](?!not\b)(?:\w+[ ])?(?:auto-?)?generated\b
+    | \b(?:this[ ]{_WHAT}|file)[ ](?:is|was|has[ ]been)[ ](?!not\b)(?:\w+[ ])?(?:auto-?)?generated\b
     | (?:^|[.!]\ )[^\w\n@]*(?:(?:this|the)\ )?(?:{_WHAT}[ ])?(?:(?:auto(?:matically)?|machine)[- ]?)?
       generated(?:[ ]{_WHAT})?[ ]{_BY}
     | (?:^|[.!]\ )[^\w\n@]*(?:(?:this|the)\ )?(?:auto|machine)[- ]?generated(?:[ ]{_WHAT}\b|[^\w\n]*$)

@@ -20,42 +20,51 @@ def ngram_shares(words: np.ndarray, lengths: np.ndarray) -> tuple[list[float], l
       for n of `TOP`, what the most frequent n-gram takes (of equals, the longest; 0 if none comes twice); for n of
       `REPEATED`, what lies in n-grams that come more than once.
     """
-    total = int(lengths.sum())
-    sums = np.concatenate([[0], np.cumsum(lengths)])
-    places, grams = np.arange(words.size), words  # n-grams that may come twice, by their first word
-    top, repeated = [], []
+    total = max(int(lengths.sum()), 1)
+    top, repeated = [0.0] * len(TOP), [0.0] * len(REPEATED)
+    places = np.arange(max(words.size - 1, 0))  # n-grams that may come twice, by their first word
+    grams = words[:-1]
     for n in range(2, REPEATED[-1] + 1):
-        fits = places + n <= words.size
-        places, grams = places[fits], grams[fits]
+        if not places.size:
+            break
         grams = grams * _STEP + words[places + n - 1]
-        order, starts, counts = _groups(grams)
-        firsts = places[order[starts]] if starts.size else places[:0]
+        order = np.argsort(grams)
+        ordered = grams[order]
+        same = ordered[1:] == ordered[:-1]
         if n in TOP:
-            top.append(_most_frequent(sums[firsts + n] - sums[firsts], counts) / max(total, 1))
-        twice = np.zeros(grams.size, bool)
-        twice[order[np.repeat(counts > 1, counts)]] = True
+            top[TOP.index(n)] = _most_frequent(lengths, places[order], same, n) / total
+        paired = np.zeros(grams.size, bool)
+        paired[1:] = same
+        paired[:-1] |= same
+        twice = np.empty_like(paired)
+        twice[order] = paired
         places, grams = places[twice], grams[twice]
         if n in REPEATED:
-            covered = np.zeros(words.size + 1, np.int64)
-            covered[places] += 1
-            covered[places + n] -= 1
-            repeated.append(int(lengths[np.cumsum(covered[:-1]) > 0].sum()) / max(total, 1))
-        follows = np.diff(places, append=-1) == 1  # else the second n-gram of the (n+1)-gram there comes only once
+            repeated[REPEATED.index(n)] = _covered(lengths, places, n) / total
+        # else the second n-gram of the (n+1)-gram there comes only once, or lies behind the end
+        follows = np.zeros(places.size, bool)
+        follows[:-1] = places[1:] == places[:-1] + 1
         places, grams = places[follows], grams[follows]
     return top, repeated
 
 
-def _groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns an order that puts equals together, where in it each group begins, and the groups' sizes."""
-    order = np.argsort(values)
-    ordered = values[order]
-    starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if values.size else order
-    return order, starts, np.diff(np.append(starts, values.size))
+def _most_frequent(lengths: np.ndarray, places: np.ndarray, same: np.ndarray, n: int) -> int:
+    """Characters of the most frequent n-gram, all its places together; equal ones stand beside each other."""
+    if not same.any():
+        return 0
+    starts = np.flatnonzero(np.concatenate([[True], ~same]))
+    counts = np.concatenate([starts[1:], [places.size]]) - starts
+    most = counts.max()
+    firsts = places[starts[counts == most]]
+    return int(most * sum(lengths[firsts + turn] for turn in range(n)).max())
 
 
-def _most_frequent(characters: np.ndarray, counts: np.ndarray) -> int:
-    most = counts.max(initial=1)
-    return int(most * characters[counts == most].max()) if most > 1 else 0
+def _covered(lengths: np.ndarray, places: np.ndarray, n: int) -> int:
+    """Characters of the words that lie in an n-gram at one of the places."""
+    depth = np.zeros(lengths.size + 1, np.int64)
+    depth[places] += 1
+    depth[places + n] -= 1
+    return int(lengths[np.cumsum(depth[:-1]) > 0].sum())
 
 
 def repeated_share(lines: np.ndarray, counted: np.ndarray) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 
 from kwaicoder_jax.data.cleaning import characters
 
-_GAP = 2  # signs between the words of one name, as in std::cout
+GAP = 2  # signs between the words of one name, as in std::cout
 _PREFIX = 5  # letters: println, printf, assertEqual and their like begin alike
 _EXACT = {"imports": ("import", "from"), "passes": ("pass",), "prints": ("puts", "echo")}
 _BEGINNINGS = {"asserts": ("asser", "Asser", "ASSER", "EXPEC"), "prints": ("print", "Print", "PRINT")}
@@ -21,13 +21,28 @@ def _numbers(*names: str) -> np.ndarray:
     return characters.Hashed(codes).pieces(np.append(0, ends[:-1]), ends)
 
 
+def _count(hashes: np.ndarray, names: tuple[str, ...]) -> int:
+    """How many lines have one of the names; hashes are [lines] or [words, lines]."""
+    found = np.logical_or.reduce([hashes == number for number in _numbers(*names)])
+    return int(np.count_nonzero(found if found.ndim == 1 else found.any(axis=0)))
+
+
 class Words(NamedTuple):
-    """The words of a text: its visible code points, where in them each word begins and has ended, and their hashes."""
+    """The words of a text.
+
+    Attributes:
+      visible: its code points without white space.
+      starts: where in them each word begins.
+      ends: where it has ended.
+      hashes: of the words.
+      joined: whether nothing but one or two signs stands between a word and the one before it.
+    """
 
     visible: characters.Hashed
     starts: np.ndarray
     ends: np.ndarray
     hashes: np.ndarray
+    joined: np.ndarray
 
     def shares(self, lines: np.ndarray) -> dict[str, float]:
         """Returns which share of the lines begins with an import, a pass, an assertion, a print or a directive.
@@ -45,10 +60,10 @@ class Words(NamedTuple):
         first = np.searchsorted(self.starts, lines)
         first = first[(first < self.starts.size) & (self.starts[np.minimum(first, self.starts.size - 1)] == lines)]
         for name, words in _EXACT.items():
-            found[name] = int(np.count_nonzero(np.isin(self.hashes[first], _numbers(*words))))
+            found[name] = _count(self.hashes[first], words)
         names = self._names(first)
         for name, beginnings in _BEGINNINGS.items():
-            found[name] = found.get(name, 0) + int(np.isin(names, _numbers(*beginnings)).any(axis=0).sum())
+            found[name] = found.get(name, 0) + _count(names, beginnings)
         for name, pairs in _PAIRS.items():
             for one, other in pairs:
                 both = (names[0] == _numbers(one)[0]) & (names[1] == _numbers(other)[0])
@@ -61,7 +76,7 @@ class Words(NamedTuple):
         for turn in range(3):
             place = np.minimum(first + turn, self.starts.size - 1)
             if turn:
-                joined &= (place == first + turn) & (self.starts[place] - self.ends[place - 1] <= _GAP)
+                joined &= (place == first + turn) & self.joined[place]
             ends = np.minimum(self.ends[place], self.starts[place] + _PREFIX)
             rows.append(np.where(joined, self.visible.pieces(self.starts[place], ends), np.uint64(0)))
         return np.stack(rows)

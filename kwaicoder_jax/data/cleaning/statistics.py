@@ -124,8 +124,13 @@ def measure(text: str, language: str = "", *, parse: bool = True) -> Statistics:
 
     word_starts, word_ends = characters.words(kinds)
     lengths = word_ends - word_starts
-    gram_hashes = seen.pieces(rank[word_starts], rank[word_ends])
-    top, repeated = repetition.ngram_shares(gram_hashes, lengths)
+    starts, ends = rank[word_starts], rank[word_ends]
+    word_hashes = seen.pieces(starts, ends)
+    top, repeated = repetition.ngram_shares(word_hashes, lengths)
+    gaps = np.zeros(lengths.size, np.int64)
+    gaps[1:] = word_starts[1:] - word_ends[:-1]
+    joined = gaps <= statements.GAP
+    joined[1:] &= starts[1:] - ends[:-1] == gaps[1:]  # no white space
 
     line_starts, line_ends = _lines(codes)
     line_lengths = line_ends - line_starts
@@ -137,7 +142,7 @@ def measure(text: str, language: str = "", *, parse: bool = True) -> Statistics:
     spans = comments.spans(text, language)
     encoded_run, encoded_total = encoded.data_runs(seen.codes)
     faults = syntax.check(text, language) if parse else syntax.UNKNOWN
-    heads = statements.Words(seen, rank[word_starts], rank[word_ends], gram_hashes)
+    heads = statements.Words(seen, starts, ends, word_hashes, joined)
     # ideographs are words of one character; what is left is as long as its letters say
     spelled = lengths[(kinds[word_starts] & characters.IDEOGRAPH) == 0]
 
