@@ -1,11 +1,12 @@
-"""Builds the corpus: reads the sources, removes duplicates, splits, trains the tokenizer, writes shards.
+"""Builds the corpus: reads and curates, removes duplicates, splits, trains the tokenizer, writes shards.
 
 python -m experiments.prepare_data --config=configs/demo.py --workdir=runs/demo
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from experiments import fields, sections
+from experiments import curation, fields, sections
 from experiments.command import main
 from experiments.contract import Context, Stage
 from experiments.training_stage import on_disk
@@ -15,19 +16,22 @@ from kwaicoder_jax import data
 def run(context: Context) -> dict[str, Any]:
     """Writes prepare_data/corpus."""
     on_disk(context, "a corpus is read from a disk")
-    section = {key: value for key, value in context.section.items() if key != "sources"}
+    section = {key: value for key, value in context.section.items() if key not in ("sources", *curation.NAMES)}
     target = context.folder / "corpus"
+    curated = curation.run(context)
     if target.exists():  # whole, since it appears by a rename; a kill came between it and the summary
         manifest = data.Corpus.open(target).manifest
     else:
-        manifest = _prepare(context, target, section)
+        manifest = _prepare(context, target, section, curated.sources)
     keys = ("documents_in", "documents_train", "documents_valid", "tokens_train", "tokens_valid", "vocab_size")
     for name, source in sorted(manifest["sources"].items()):
         context.display.line(f"{name}: {source['tokens_train']} tokens in {source['documents_train']} documents")
-    return {key: manifest[key] for key in keys}
+    return {key: manifest[key] for key in keys} | curated.summary
 
 
-def _prepare(context: Context, target: Any, section: dict[str, Any]) -> dict[str, Any]:
+def _prepare(
+    context: Context, target: Any, section: dict[str, Any], curated: Mapping[str, data.Source]
+) -> dict[str, Any]:
     def progress(task: str, done: int, total: int | None) -> None:
         if total and done == total:
             context.display.line(f"{task}: {done}")
@@ -38,7 +42,8 @@ def _prepare(context: Context, target: Any, section: dict[str, Any]) -> dict[str
         folder = context.inputs.get("tokenizer")
         section["given"] = data.Tokenizer.from_file(folder / "tokenizer.json" if folder is not None else place)
         section.pop("vocab_size", None)
-    return data.prepare(context.section["sources"], target, seed=context.seed, progress=progress, **section)
+    sources = dict(context.section["sources"]) | dict(curated)
+    return data.prepare(sources, target, seed=context.seed, progress=progress, **section)
 
 
 def inputs(context: Context) -> dict[str, str]:

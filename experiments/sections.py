@@ -193,11 +193,26 @@ class Evaluate(Drawing):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """prepare_data.engine: who does the work of places."""
+
+    kind: str = "local"
+    workers: Natural = 0
+    options: Sequence[str] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareData(Drawing):
     """prepare_data, but for the arguments of `data.prepare`."""
 
     sources: Mapping[str, Any]
     tokenizer: str | None = None
+    places: Mapping[str, Any] | None = None
+    reading: Mapping[str, Any] | None = None
+    cleaning: Mapping[str, Any] | None = None
+    deduplication: Mapping[str, Any] | None = None
+    decontamination: Mapping[str, Any] | None = None
+    engine: Engine | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ Every step is a step of the engine: killed and run again it goes on, and a file 
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,9 @@ from kwaicoder_jax.data.engine.apply import Apply
 from kwaicoder_jax.data.engine.runners import InProcess, Progress, Runner, run
 from kwaicoder_jax.data.engine.steps import Task
 from kwaicoder_jax.data.engine.store import Result, Store
+from kwaicoder_jax.data.sources import Source
+
+_EXCERPT = 1000  # characters
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,16 +56,47 @@ class Curated(NamedTuple):
 
     Attributes:
       shards: objects of documents.
+      places: of which place each shard is.
       stages: what each stage did, by name, in their order: facts for a report.
     """
 
     shards: list[str]
+    places: list[str]
     stages: dict[str, dict[str, Any]]
 
     def documents(self, store: Store) -> Iterator[Document]:
         """Yields all of them."""
         for shard in self.shards:
             yield from stored.read(store.path(shard))
+
+    def sources(self, store: Store) -> dict[str, Source]:
+        """What is left of each place, as a source of `data.prepare`."""
+        return {
+            place: Shards(
+                store=store, shards=tuple(shard for shard, each in zip(self.shards, self.places) if each == place)
+            )
+            for place in sorted(set(self.places))
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shards(Source):
+    """Documents that a store has.
+
+    Attributes:
+      store: it.
+      shards: objects of documents.
+    """
+
+    store: Store
+    shards: tuple[str, ...]
+    max_bytes: int = 2**63 - 1
+    max_document_bytes: int = 2**63 - 1
+
+    def documents(self, name: str, skipped: Counter[str]) -> Iterator[Document]:
+        """Yields all of them."""
+        for shard in self.shards:
+            yield from stored.read(self.store.path(shard))
 
 
 def curate(
@@ -90,15 +125,39 @@ def curate(
         shards, stages["clean"] = _of(run(store, [Task(clean, (shard,)) for shard in shards], runner, progress))
     if curation.deduplication is not None:
         unique = deduplicate(store, shards, curation.deduplication, runner, progress)
-        shards, stages["deduplicate"] = unique.shards, unique.facts | _summed(unique.dropped)
+        stages["deduplicate"] = _shown(store, shards, unique.facts) | _summed(unique.dropped)
+        shards = unique.shards
     if curation.benchmarks is not None:
         clear = decontaminate(store, shards, curation.benchmarks, curation.decontamination, runner, progress)
-        shards, stages["decontaminate"] = clear.shards, clear.facts | _summed(clear.dropped)
-    return Curated(shards, stages)
+        stages["decontaminate"] = _shown(store, shards, clear.facts) | _summed(clear.dropped)
+        shards = clear.shards
+    return Curated(shards, [unit.place.name for unit in units], stages)
 
 
 def _of(results: Sequence[Result]) -> tuple[list[str], dict[str, Any]]:
     return [each.outputs["shard"] for each in results], tally.merged(each.facts for each in results)
+
+
+def _shown(store: Store, shards: Sequence[str], facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts whose examples name documents, and how they begin, where they had [shard, row] and more."""
+    examples = facts.get("examples", [])
+    clusters = [each["members"] if isinstance(each, dict) else [each] for each in examples]
+    wanted: dict[int, dict[int, Document | None]] = {}
+    for shard, row, *_ in (member for members in clusters for member in members):
+        wanted.setdefault(shard, {})[row] = None
+    for shard, rows in wanted.items():
+        for row, document in enumerate(stored.read(store.path(shards[shard]))):
+            if row in rows:
+                rows[row] = document
+    named = []
+    for example, members in zip(examples, clusters):
+        found = [(wanted[shard][row], rest) for shard, row, *rest in members]
+        documents = [
+            {"source": each.source, "identifier": each.identifier, "text": each.text[:_EXCERPT], "hits": rest}
+            for each, rest in found if each is not None
+        ]  # fmt: skip
+        named.append({"size": example["size"] if isinstance(example, dict) else 1, "documents": documents})
+    return facts | {"examples": named}
 
 
 def _summed(dropped: Sequence[dict[str, list[int]]]) -> dict[str, Any]:
