@@ -99,5 +99,6 @@ def test_binary():
 
 def test_magika_tells_what_names_do_not():
     pytest.importorskip("magika")
-    code = "import os\n\n\ndef main():\n    for name in os.listdir('.'):\n        print(name)\n\n\nif __name__ == '__main__':\n    main()\n"
+    code = "import os\n\n\ndef main():\n    for name in os.listdir('.'):\n        print(name)\n\n\n"
+    code += "if __name__ == '__main__':\n    main()\n"
     assert languages.guessed(code.encode()) == "python"
