@@ -164,7 +164,8 @@ class GitFiles(Container):
             source, out = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
             try:
                 for name in sorted(names):
-                    yield name, _object(source, out, self._objects[name]) or Skipped(name, "unreadable")
+                    raw = _object(source, out, self._objects[name])
+                    yield name, Skipped(name, "unreadable") if raw is None else raw
             finally:
                 process.kill()
 

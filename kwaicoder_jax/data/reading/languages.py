@@ -169,12 +169,12 @@ for _row in LANGUAGES.values():
         _BY_EXTENSION[_extension] = (*_BY_EXTENSION.get(_extension, ()), _row.name)
 
 _SHEBANG = re.compile(r"#!\s*(?:\S*/)?(?:env\s+(?:-\S+\s+|\w+=\S*\s+)*(?:\S*/)?)?([A-Za-z-]+)")
+_MODE = re.compile(r"(?:.*\n)?.*?-\*-[ \t]*(?:.*?\bmode:[ \t]*)?([\w+#-]+?)[ \t]*(?:;.*?)?-\*-", re.IGNORECASE)  # Emacs
 _OPENINGS = (
     (re.compile(r"<\?php\b"), "php"),
     (re.compile(r"\s*<!doctype html|\s*<html[\s>]", re.IGNORECASE), "html"),
     (re.compile(r"\s*<\?xml\s"), "xml"),
     (re.compile(r"diff --git |--- \S+.*\n\+\+\+ \S"), "diff"),
-    (re.compile(r"# -\*-.*\bpython\b", re.IGNORECASE), "python"),
 )
 
 
@@ -241,15 +241,24 @@ def language_of(path: str, text: str) -> str:
     if found is None:
         return _by_content(head)
     if len(found) > 1:
+        if (mode := _mode(head)) in found:
+            return mode
         extension = path.lower().removesuffix(".in").rpartition(".")[2]
         decisions, otherwise = _DECISIONS.get(extension, ((), found[0]))
         return next((name for pattern, name in decisions if pattern.search(head)), otherwise)
     return found[0] if found else ""
 
 
+def _mode(head: str) -> str:
+    match = _MODE.match(head)
+    return named(match[1]) if match else ""
+
+
 def _by_content(head: str) -> str:
     if match := _SHEBANG.match(head):
         return _BY_INTERPRETER.get(match[1].lower(), "")
+    if mode := _mode(head):
+        return mode
     return next((name for pattern, name in _OPENINGS if pattern.match(head)), "")
 
 

@@ -74,7 +74,9 @@ _REPLACED = (
     (re.compile(r"[‘’]"), "'"),
     (re.compile(r"\s+"), " "),
 )
-_TAG = re.compile(r"SPDX-License-Identifier:\s*\(?([A-Za-z0-9.+-]+(?:\)?\s+(?:AND|OR|WITH)\s+\(?[A-Za-z0-9.+-]+)*)")
+_TAG = re.compile(
+    r"SPDX-License-Identifier:[ \t]*([A-Za-z0-9.+() -]{2,200}?)[ \t]*(?:[^A-Za-z0-9.+() -]|-->|$)", re.MULTILINE
+)
 
 
 def normalised(text: str) -> str:

@@ -111,14 +111,12 @@ class Finder:
     def of(self, path: str) -> str:
         """Returns the SPDX expression for a file, "" where nothing is known."""
         above = [path[:at] for at in range(len(path)) if path[at] == "/"]
-        for found in (self._texts, self._metadata):
-            for folder in (*reversed(above), ""):
-                if folder in found:
-                    return found[folder]
-        for name in (*above, path):
-            if owner := self._owners.get(name):
-                return self._metadata.get(owner) or self._texts.get(owner, "")
-        return ""
+        for name in (path, *reversed(above), ""):
+            if name in self._texts and name != path:
+                return self._texts[name]
+            if (owner := self._owners.get(name)) and (found := self._metadata.get(owner) or self._texts.get(owner)):
+                return found
+        return next((self._metadata[name] for name in (*reversed(above), "") if name in self._metadata), "")
 
 
 def _by_folder(found: Mapping[str, str]) -> dict[str, str]:

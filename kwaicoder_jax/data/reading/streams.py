@@ -98,6 +98,34 @@ class _Xz:
         return raw
 
 
+class _Zstd:
+    """zstandard's reader, but one that says when a frame is cut short."""
+
+    _STEP = 1024  # bytes of input at a time, of which a bomb can make 32 MB
+
+    def __init__(self, file: IO[bytes]):
+        import zstandard
+
+        self._file, self._fresh = file, zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj
+        self._decoder, self._input, self._out, self._whole = self._fresh(), b"", memoryview(b""), True
+
+    def read(self, size: int, /) -> bytes:
+        while not self._out:
+            raw, self._input = self._input or self._file.read(self._STEP), b""
+            if not raw:
+                if not self._whole:
+                    raise EOFError("ends before the end of its frame")
+                return b""
+            if self._decoder.eof:
+                self._decoder = self._fresh()
+            self._out = memoryview(self._decoder.decompress(raw))
+            self._whole = self._decoder.eof
+            if self._whole:
+                self._input = self._decoder.unused_data
+        part, self._out = self._out[:size], self._out[size:]
+        return bytes(part)
+
+
 class _Limited:
     """Counts what comes out, and refuses a bomb before it has burst. Gives as many bytes as asked for, but at the end."""
 
@@ -130,10 +158,7 @@ def opened(path: Path, limits: Limits) -> Iterator[Stream]:
         elif magic.startswith(b"\xfd7zXZ"):
             stream = _Xz(file)
         elif magic.startswith(b"\x28\xb5\x2f\xfd"):
-            import zstandard
-
-            decoder = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
-            stream = decoder.stream_reader(file, read_across_frames=True)
+            stream = _Zstd(file)
         else:
             stream = file
         yield _Limited(stream, path.stat().st_size, limits)
