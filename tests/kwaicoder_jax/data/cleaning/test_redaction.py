@@ -101,7 +101,12 @@ def test_private_keys_keep_their_frame():
 
 def test_named_strings():
     value = RANDOM[:24]
-    for text in (f'API_KEY = "{value}"', f"'client_secret': '{value}'", f'password := "{value}"', f'"token": "{value}"'):
+    for text in (
+        f'API_KEY = "{value}"',
+        f"'client_secret': '{value}'",
+        f'password := "{value}"',
+        f'"token": "{value}"',
+    ):
         found = redaction.redact(text)
         assert value not in found.text, text
         assert found.counts == {"secret": 1}
@@ -141,8 +146,33 @@ def test_switches():
     assert redaction.redact(text).counts == {"email": 1, "ip_address": 1, "secret": 1}
 
 
-PIECES = [*TOKENS.values(), "a@corp.com", "93.184.216.34", "2a00:1450:4001:829::200e", PRIVATE, ".", "@", ":", '"', "\n"]
-PIECES += [" ", "password=", "://", "x1", "::", "-", "é", "api_key: '", "'", "eyJ", "AKIA", "person1@example.com", "https://u:"]
+PIECES = [
+    *TOKENS.values(),
+    "a@corp.com",
+    "93.184.216.34",
+    "2a00:1450:4001:829::200e",
+    PRIVATE,
+    ".",
+    "@",
+    ":",
+    '"',
+    "\n",
+]
+PIECES += [
+    " ",
+    "password=",
+    "://",
+    "x1",
+    "::",
+    "-",
+    "é",
+    "api_key: '",
+    "'",
+    "eyJ",
+    "AKIA",
+    "person1@example.com",
+    "https://u:",
+]
 
 
 @settings(max_examples=400, deadline=None)
