@@ -10,15 +10,19 @@ NAMES = ("generated", "lock_file", "minified", "source_map", "bundle", "mislabel
 _HEAD = 3000  # characters; a mark further down speaks of a part
 _BY = r"(?:by|from|with|using|via|through|automatically|on|at)\b"
 _WHAT = r"(?:file|code|module|header|source|class|interface|script|program|parser|lexer|bindings?|stubs?|documentation)"
+# A sentence's beginning: a capital, or the beginning of a block comment; a line can go on with any small word.
+_START = r"(?:(?:^|[.!][ ])[^\w\n@]*(?=(?-i:[A-Z]))|/\*+[ ]*)"
+_TOOL = r"(?:auto(?:conf|make|header)|aclocal|libtool|cmake|qmake|swig|cython|bison|flex|antlr|protoc|gperf|ragel|f2py)"
 _MARKS = re.compile(
     rf"""@generated\b
     | \bDO[ ]NOT[ ](?:EDIT|MODIFY|CHANGE)\b
     | \bdo[ ]not[ ](?:edit|modify)[ ](?:(?:this|the)[ ]file\b|it[ ]by\b|by[ ]hand|manually|directly)
     | \b(?:this[ ]{_WHAT}|file)[ ](?:is|was|has[ ]been)[ ](?!not\b)(?:\w+[ ])?(?:auto-?)?generated\b
-    | (?:^|[.!]\ )[^\w\n@]*(?:(?:this|the)\ )?(?:{_WHAT}[ ])?(?:(?:auto(?:matically)?|machine)[- ]?)?
-      generated(?:[ ]{_WHAT})?[ ]{_BY}
-    | (?:^|[.!]\ )[^\w\n@]*(?:(?:this|the)\ )?(?:auto|machine)[- ]?generated(?:[ ]{_WHAT}\b|[^\w\n]*$)
+    | {_START}(?:(?:this|the)[ ])?(?:{_WHAT}[ ])?(?:(?:auto(?:matically)?|machine)[- ]?)?generated(?:[ ]{_WHAT})?[ ]{_BY}
+    | {_START}(?:(?:this|the)[ ])?(?:auto|machine)[- ]?generated[ ]{_WHAT}\b
+    | ^[^\w\n@]*(?:auto|machine)[- ]?generated[^\w\n]*$
     | \b(?:this|the)[ ]{_WHAT}[ ](?:is|was)[ ]an?[ ](?:auto[- ]?|machine[- ]?|automatically[ ])?generated\b
+    | ^[^\w\n]*[\w./-]+[ ]generated[ ](?:automatically[ ])?by[ ](?:GNU[ ])?{_TOOL}
     | \bA[ ](?:Bison[ ]parser,[ ]made[ ]by|lexical[ ]scanner[ ]generated[ ]by[ ]flex)
     | \bGenerated[ ]by[ ]the[ ]protocol[ ]buffer[ ]compiler""",
     re.MULTILINE | re.VERBOSE | re.IGNORECASE,

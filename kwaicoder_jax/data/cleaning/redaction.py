@@ -38,6 +38,7 @@ _VERSION = re.compile(
 _SMALLEST = 25  # four smaller numbers are a version or a section rather than an address
 _RESOLVERS = names("8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 208.67.222.222 208.67.220.220 4.2.2.2")
 _LOOK_BACK = 24  # characters
+_PASSES = 10  # what stood beside a replaced value can be found in the next; more than two are for hostile texts
 
 
 class Redacted(NamedTuple):
@@ -57,15 +58,24 @@ def redact(text: str, *, emails: bool = True, addresses: bool = True, keys: bool
       the text, with counts by "email", "ip_address", "secret", "private_key"; kinds that do not occur are left out.
     """
     counts: dict[str, int] = {}
-    if keys:
-        text, counts = secrets.hide(text)
+    for _ in range(_PASSES):
+        redacted, found = _once(text, emails, addresses, keys)
+        if redacted == text:
+            break
+        text = redacted
+        counts = {kind: counts.get(kind, 0) + found.get(kind, 0) for kind in sorted(counts | found)}
+    return Redacted(text, counts)
+
+
+def _once(text: str, emails: bool, addresses: bool, keys: bool) -> tuple[str, dict[str, int]]:
+    text, counts = secrets.hide(text) if keys else (text, {})
     if emails and "@" in text:
         text = _replaced(text, _emails(text), "person{}@example.com", "email", counts)
     if addresses:
         text = _replaced(text, _ipv4(text), "192.0.2.{}", "ip_address", counts)
         if _COLONS.search(text):
             text = _replaced(text, _ipv6(text), "2001:db8::{:x}", "ip_address", counts)
-    return Redacted(text, counts)
+    return text, counts
 
 
 def _replaced(text: str, spans: list[tuple[int, int]], form: str, kind: str, counts: dict[str, int]) -> str:
@@ -88,9 +98,9 @@ def _emails(text: str) -> list[tuple[int, int]]:
         local = _LOCAL.search(text[max(end, match.start() - _LONGEST_LOCAL - 1) : match.start()])
         if local is None or len(local[0]) > _LONGEST_LOCAL or match[2].lower() not in _ENDINGS:
             continue
+        end = match.end()  # a@b.com@c.com holds one address
         if _NOBODY.match(match[1]) or local[0].lower() in _MACHINES or not re.search("[A-Za-z]", local[0]):
             continue
-        end = match.end()
         found.append((match.start() - len(local[0]), end))
     return found
 

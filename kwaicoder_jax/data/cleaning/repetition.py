@@ -4,11 +4,12 @@ import numpy as np
 
 TOP = (2, 3, 4)
 REPEATED = (5, 6, 7, 8, 9, 10)
+_LEAST = 4  # times; in a short text an n-gram that comes twice takes much by chance
 _STEP = np.uint64(0xD1342543DE82EF95)
 
 
 def ngram_shares(words: np.ndarray, lengths: np.ndarray) -> tuple[list[float], list[float]]:
-    """Shares of the words' characters, as RedPajama defines them but with capitals and punctuation as they are.
+    """Shares of the words' characters, as RedPajama defines them but of words as they are written.
 
     An n-gram can only come twice if both (n-1)-grams in it do: each n looks only at what the one before it left.
 
@@ -17,7 +18,7 @@ def ngram_shares(words: np.ndarray, lengths: np.ndarray) -> tuple[list[float], l
       lengths: characters of each word.
 
     Returns:
-      for n of `TOP`, what the most frequent n-gram takes (of equals, the longest; 0 if none comes twice); for n of
+      for n of `TOP`, what the most frequent n-gram takes (of equals, the longest; 0 if none comes 4 times); for n of
       `REPEATED`, what lies in n-grams that come more than once.
     """
     total = max(int(lengths.sum()), 1)
@@ -50,11 +51,13 @@ def ngram_shares(words: np.ndarray, lengths: np.ndarray) -> tuple[list[float], l
 
 def _most_frequent(lengths: np.ndarray, places: np.ndarray, same: np.ndarray, n: int) -> int:
     """Characters of the most frequent n-gram, all its places together; equal ones stand beside each other."""
-    if not same.any():
+    if np.count_nonzero(same) < _LEAST - 1:
         return 0
     starts = np.flatnonzero(np.concatenate([[True], ~same]))
     counts = np.concatenate([starts[1:], [places.size]]) - starts
     most = counts.max()
+    if most < _LEAST:
+        return 0
     firsts = places[starts[counts == most]]
     return int(most * sum(lengths[firsts + turn] for turn in range(n)).max())
 

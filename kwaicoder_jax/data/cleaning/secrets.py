@@ -47,7 +47,7 @@ _PLACEHOLDER = re.compile(
 _PRIVATE_KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9]+ ){0,3}PRIVATE KEY(?: BLOCK)?-----([^-]{1,20000})-----END", re.IGNORECASE
 )
-_KEY_BODY = re.compile(r"[A-Za-z0-9+/=]{16,}")
+_KEY_BODY = re.compile(r"(?<!\\)[A-Za-z0-9+/=]{16,}")  # the n of an escaped line break is no part of it
 _HIDDEN = str.maketrans(
     "abcdefghijklmnopqrstuvwyz" + "ABCDEFGHIJKLMNOPQRSTUVWYZ" + "123456789", "x" * 25 + "X" * 25 + "0" * 9
 )
@@ -80,7 +80,6 @@ def _private_keys(text: str) -> list[tuple[int, int]]:
         (block.start(1) + run.start(), block.start(1) + run.end())
         for block in _PRIVATE_KEY.finditer(text)
         for run in _KEY_BODY.finditer(block[1])
-        if not run[0].startswith("n") or run[0].strip("n")
     ]
 
 

@@ -49,8 +49,9 @@ class Statistics:
       long_words: share of words of strings with more than 20 characters, links left out.
       hex_words: share of hexadecimal numbers such as 0x1F.
       repeated_lines: share of the lines with text that come more than once; of lines without white space at all.
-      top_2grams: share of the words' characters that the most frequent 2-gram of words takes; so on for 3, 4.
-      repeated_5grams: share of the words' characters in 5-grams of words that come more than once; so on up to 10.
+      top_2grams: share of the names' characters that the most frequent 2-gram of names takes, if it comes 4 times; so
+        on for 3, 4. A name is a word, or words joined by "_".
+      repeated_5grams: share of the names' characters in 5-grams of names that come more than once; so on up to 10.
       imports: lines that begin with `import` or `from`, over the lines with text.
       passes: lines that begin with `pass`, over the lines with text.
       asserts: lines that begin with an assertion, over the lines with text.
@@ -126,7 +127,8 @@ def measure(text: str, language: str = "", *, parse: bool = True) -> Statistics:
     lengths = word_ends - word_starts
     starts, ends = rank[word_starts], rank[word_ends]
     word_hashes = seen.pieces(starts, ends)
-    top, repeated = repetition.ngram_shares(word_hashes, lengths)
+    name_starts, name_ends = characters.words(kinds | (codes == ord("_")).view(np.uint8))
+    top, repeated = repetition.ngram_shares(seen.pieces(rank[name_starts], rank[name_ends]), name_ends - name_starts)
     gaps = np.zeros(lengths.size, np.int64)
     gaps[1:] = word_starts[1:] - word_ends[:-1]
     joined = gaps <= statements.GAP

@@ -108,6 +108,10 @@ def _captures(query: Any, node: Any) -> dict[str, list[Any]]:
 
 
 def _lost(node: Any) -> int:
-    """Bytes of an error outside the named nodes within it that have parts: those were understood, or are errors too."""
-    whole = sum(child.end_byte - child.start_byte for child in node.children if child.is_named and child.child_count)
+    """Bytes of an error outside the comments and the nodes of parts within it: those were understood, or are errors too."""
+    whole = sum(
+        child.end_byte - child.start_byte
+        for child in node.children
+        if child.is_extra or (child.is_named and child.child_count)
+    )
     return node.end_byte - node.start_byte - whole

@@ -9,12 +9,12 @@ import tokenize
 IDEOGRAPHS = 0x2E80
 
 
-def words(text):
+def words(text, joining=""):
     """Pairs of (start, word)."""
     found, start = [], None
     for place, character in enumerate(text + " "):
         ideograph = character.isalpha() and ord(character) >= IDEOGRAPHS
-        inside = character.isalpha() or character.isdigit()
+        inside = character.isalpha() or character.isdigit() or character == joining
         if start is not None and (not inside or ideograph):
             found.append((start, text[start:place]))
             start = None
@@ -33,7 +33,7 @@ def lines(text):
 def top(tokens, n):
     counts = collections.Counter(zip(*(tokens[i:] for i in range(n))))
     most = max(counts.values(), default=0)
-    if most < 2:
+    if most < 4:
         return 0.0
     return max(most * sum(map(len, gram)) for gram, count in counts.items() if count == most) / sum(map(len, tokens))
 
@@ -80,8 +80,9 @@ def plain(text):
         "imports": begins(text, r"(import|from)(?![^\W_])"),
         "passes": begins(text, r"pass(?![^\W_])"),
     }
-    result |= {f"top_{n}grams": top(tokens, n) for n in (2, 3, 4)}
-    return result | {f"repeated_{n}grams": repeated(tokens, n) for n in range(5, 11)}
+    names = [name for _, name in words(text, joining="_")]
+    result |= {f"top_{n}grams": top(names, n) for n in (2, 3, 4)}
+    return result | {f"repeated_{n}grams": repeated(names, n) for n in range(5, 11)}
 
 
 def python_comments(text):
