@@ -11,6 +11,7 @@ import pytest
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 VARIANTS = {
+    "curate": ("curate", ""),
     "demo": ("demo", ""),
     "smollm2_135m": ("smollm2_135m", "full"),
     "kwaicoder_23b_a4b": ("kwaicoder_23b_a4b", ""),

@@ -61,31 +61,50 @@ class InProcess:
             yield place, perform(store, task)
 
 
-@dataclasses.dataclass(frozen=True)
 class Processes:
-    """In `workers` processes of this machine, each a fresh interpreter."""
+    """In processes of this machine, fresh interpreters that stay for the next step.
 
-    workers: int
+    Attributes:
+      workers: how many.
+    """
+
+    def __init__(self, workers: int):
+        """Starts them with the first task."""
+        self.workers = workers
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
 
     def perform(self, store: Store, tasks: Sequence[Task]) -> Iterator[tuple[int, Done]]:
         """See Runner."""
-        left = [place for place, task in enumerate(tasks) if store.find(task.action) is None]
-        yield from ((place, perform(store, tasks[place])) for place in sorted(set(range(len(tasks))) - set(left)))
-        if not left:
-            return
-        context = multiprocessing.get_context("spawn")
-        workers = min(self.workers, len(left))
-        pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_the_parent)
-        with pool:
-            waiting = {pool.submit(perform, store, tasks[place]): place for place in left}
-            try:
-                for future in concurrent.futures.as_completed(waiting):
-                    yield waiting[future], future.result()
-            except concurrent.futures.process.BrokenProcessPool:
-                what = "a worker was killed, for want of memory perhaps"
-                raise UserError(what, where="prepare_data.workers", remedy="run again with fewer workers") from None
-            finally:
-                pool.shutdown(cancel_futures=True)
+        waiting = {}
+        for place, task in enumerate(tasks):
+            if (found := store.find(task.action)) is not None:
+                yield place, Done(found, was_there=True)
+            else:
+                waiting[self._started().submit(perform, store, task)] = place
+        try:
+            for future in concurrent.futures.as_completed(waiting):
+                yield waiting[future], future.result()
+        except concurrent.futures.process.BrokenProcessPool:
+            what = "a worker was killed, for want of memory perhaps"
+            self.close()
+            raise UserError(what, where="prepare_data.engine", remedy="run again with fewer workers") from None
+        except GeneratorExit:  # whoever asked has had enough
+            self.close()
+            raise
+
+    def _started(self) -> concurrent.futures.ProcessPoolExecutor:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = concurrent.futures.ProcessPoolExecutor(
+                self.workers, mp_context=context, initializer=_end_with_the_parent
+            )
+        return self._pool
+
+    def close(self) -> None:
+        """Ends them after what they are at; the next task starts others."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def _end_with_the_parent() -> None:

@@ -18,7 +18,7 @@ from kwaicoder_jax.data.engine.store import Result, Store, action_of
 from kwaicoder_jax.errors import UserError
 from tests.kwaicoder_jax.data.engine.toy import Shout
 
-RUNNERS = [InProcess(), Processes(2), Beam()]
+RUNNERS = [InProcess(), Processes(2), Beam()]  # processes are used again by the next test
 TEXTS = [b"one", b"two", b"three", b""]
 
 
@@ -110,11 +110,12 @@ def test_what_is_not_used_is_removed(tmp_path):
     assert len(tree(tmp_path)) == 2
 
 
-def test_a_worker_that_dies_is_one_line(tmp_path):
-    store = Store(tmp_path)
+def test_a_worker_that_dies_is_one_line_and_others_start(tmp_path):
+    store, processes = Store(tmp_path), Processes(1)
     with pytest.raises(UserError, match="a worker was killed"):
-        run(store, tasks(store, texts=[b"deadly", b"one"]), Processes(1))
-    (result,) = run(store, tasks(store, texts=[b"one"]), Processes(1))
+        run(store, tasks(store, texts=[b"deadly", b"one"]), processes)
+    (result,) = run(store, tasks(store, texts=[b"one"]), processes)
+    processes.close()
     assert store.read(result.outputs["text"]) == b"ONE!"
 
 
@@ -165,7 +166,9 @@ def test_settings_are_plain_values_and_places_do_not_count():
 
 def test_names_of_engines():
     assert chosen("local", 0) == InProcess()
-    assert chosen("local", 3) == Processes(3)
+    processes = chosen("local", 3)
+    assert isinstance(processes, Processes)
+    assert processes.workers == 3
     assert chosen("beam", 0, ["--runner=DirectRunner"]) == Beam(("--runner=DirectRunner",))
     for name, workers, what in (("ray", 0, "'ray' is no engine; local or beam"), ("local", -1, "-1 is negative")):
         with pytest.raises(UserError, match=what):
