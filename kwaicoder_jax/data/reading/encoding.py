@@ -147,8 +147,6 @@ def _mended(text: str) -> tuple[str, bool]:
     lines = text.split("\n")
     for i, line in enumerate(lines):
         if len(line) < 10_000 and _MOJIBAKE.search(line):
-            fixed = ftfy.fix_encoding(line)
-            if len(fixed) < len(line):
-                lines[i] = fixed
+            lines[i] = ftfy.fix_encoding(line)
     mended = "\n".join(lines)
     return mended, mended != text

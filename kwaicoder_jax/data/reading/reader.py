@@ -2,6 +2,7 @@
 
 import dataclasses
 import heapq
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
@@ -64,30 +65,37 @@ class Options:
         return "" if licences.allowed(licence, self.licences) else "licence"
 
 
-def read(unit: Unit, options: Options) -> Iterator[Document | Skipped]:
+def read(unit: Unit, options: Options, counts: Counter[str] | None = None) -> Iterator[Document | Skipped]:
     """Yields the documents of a unit, and what is left out with its reason, in the order of their identifiers.
 
     Nothing that stands in a file can raise; a file that is broken as a whole is one `Skipped`. In memory at a time: the
     contents that `options.limits.held_bytes` allows twice, and one document.
 
+    Args:
+      unit: what to read.
+      options: what to take of it.
+      counts: raised by one for each decoded text that was not UTF-8 under its encoding's name, as "encoding_cp1252",
+        and for each in which mojibake was mended, as "mojibake".
+
     Raises:
       UserError: the place is gone, or an optional library is missing.
     """
     place, root = unit.place, unit.place.root()
+    counts = Counter() if counts is None else counts
     if isinstance(place, Table):
-        yield from _rows(unit, root / unit.paths[0], options)
+        yield from _rows(unit, root / unit.paths[0], options, counts)
     elif isinstance(place, Archives):
         path = unit.paths[0]
         name = path.rsplit("/", 1)[-1]
         repository = next((name[: -len(end)] for end in ENDINGS if name.lower().endswith(end)), name)
-        yield from _archive(_Root(unit, f"{clean_name(path)[0]}/", repository), root / path, options)
+        yield from _archive(_Root(unit, counts, f"{clean_name(path)[0]}/", repository), root / path, options)
     elif isinstance(place, Git):
         name = root.resolve().name if unit.repository == "." else unit.repository
         files = GitFiles(root / unit.repository, (*unit.paths, *unit.context), options.limits)
-        yield from _files(_Root(unit, f"{name}/", name), files, options)
+        yield from _files(_Root(unit, counts, f"{name}/", name), files, options)
     elif isinstance(place, Folder):
         every = FolderFiles(root, (*unit.paths, *unit.context), options.limits)
-        yield from _files(_Root(unit, "", depth=place.repository_depth), every, options)
+        yield from _files(_Root(unit, counts, "", depth=place.repository_depth), every, options)
     else:
         raise TypeError(f"{type(place).__name__} is not a kind of place that is read")
 
@@ -97,6 +105,7 @@ class _Root:
     """How documents of files are named: `prefix` comes before, `stripped` goes, `depth` top folders are the repository."""
 
     unit: Unit
+    counts: Counter[str]
     prefix: str
     repository: str = ""
     depth: int = 0
@@ -186,12 +195,20 @@ def _document(root: _Root, name: str, raw: bytes, finder: licences.Finder, optio
     decoded = encoding.decode(raw)
     if decoded.reason:
         return Skipped(identifier, decoded.reason)
+    _count(decoded, root.counts)
     language = languages.language_of(name, decoded.text)
     if not language and options.guess_languages:
         language = languages.guessed(raw)
     repository, path = root.of(name)
     document = Document(root.unit.place.name, identifier, decoded.text, path, repository, language, finder.of(name))
     return _judged(document, root.unit, options)
+
+
+def _count(decoded: encoding.Decoded, counts: Counter[str]) -> None:
+    if decoded.encoding != "utf-8":
+        counts[f"encoding_{decoded.encoding}"] += 1
+    if decoded.repaired:
+        counts["mojibake"] += 1
 
 
 def _judged(document: Document, unit: Unit, options: Options) -> Document | Skipped:
@@ -213,7 +230,7 @@ def _judged(document: Document, unit: Unit, options: Options) -> Document | Skip
     return dataclasses.replace(document, language=language, licence=licence)
 
 
-def _rows(unit: Unit, path: Path, options: Options) -> Iterator[Document | Skipped]:
+def _rows(unit: Unit, path: Path, options: Options, counts: Counter[str]) -> Iterator[Document | Skipped]:
     place = unit.place
     assert isinstance(place, Table)
     file = clean_name(unit.paths[0])[0]
@@ -232,6 +249,7 @@ def _rows(unit: Unit, path: Path, options: Options) -> Iterator[Document | Skipp
         if settled.reason:
             yield Skipped(identifier, settled.reason)
             continue
+        _count(settled, counts)
         row_path = clean_name(row.path)[0] if row.path else ""
         language = languages.named(row.language) if row.language else languages.language_of(row.path, settled.text)
         if not (row.language or row.path):

@@ -100,6 +100,38 @@ def test_contents_are_the_same_whatever_fits_in_memory(path, held):
     assert everything(path, wanted=lambda name: False) == (FILES, {})
 
 
+def test_of_two_members_of_one_name_the_first_counts(path):
+    twice, last = tarfile.TarInfo("p/README"), tarfile.TarInfo("p/z.py")
+    twice.size = last.size = 6
+    path.write_bytes(tar_bytes(more=[(twice, b"other\n"), (last, b"z = 1\n")]))
+    for wanted in (True, False):  # read at once, or in a second pass
+        files, refused = everything(path, wanted=lambda name, wanted=wanted: wanted)
+        assert files == FILES | {"p/z.py": b"z = 1\n"}
+        assert refused == {"p/README": "duplicate_name"}
+
+
+def _with_sum(header, signed=False):
+    header[148:156] = b" " * 8
+    total = sum(header) - (256 * sum(byte > 127 for byte in header) if signed else 0)
+    header[148:156] = b"%06o\0 " % total
+    return header
+
+
+def test_headers_of_old_programs(path):
+    raw = bytearray(tar_bytes({"naïve.py": b"a = 1\n"}, tarfile.GNU_FORMAT))
+    raw[:512] = _with_sum(raw[:512], signed=True)
+    path.write_bytes(raw)
+    assert everything(path)[0] == {"naïve.py": b"a = 1\n"}
+    raw[345:357] = b"14000000000\0"  # GNU keeps times where ustar keeps the name's first part
+    raw[:512] = _with_sum(raw[:512])
+    path.write_bytes(raw)
+    assert everything(path)[0] == {"naïve.py": b"a = 1\n"}
+    raw[156:157], raw[482] = b"S", 1  # a sparse file with more of its map behind the header
+    raw[:512] = _with_sum(raw[:512])
+    path.write_bytes(raw[:512] + b"\0" * 512 + raw[512:])
+    assert everything(path) == ({}, {"naïve.py": "sparse"})
+
+
 def test_several_streams_and_padding(path):
     raw = tar_bytes()
     path.write_bytes(lzma.compress(raw[:1000]) + lzma.compress(raw[1000:]) + b"\0" * 8)
@@ -193,9 +225,10 @@ def test_a_damaged_member_of_a_zip_is_refused_alone(path):
 def test_a_zip_that_lies_about_sizes(path):
     raw = bytearray(zip_bytes({"a.py": b"a" * 100_000, "b.py": b"b = 1\n"}))
     at = raw.index(b"PK\x01\x02")
-    raw[at + 24 : at + 28] = struct.pack("<I", 10)  # uncompressed, in the directory
-    path.write_bytes(raw)
-    assert everything(path) == ({"b.py": b"b = 1\n"}, {"a.py": "broken_member"})
+    for size in (10, 99_999, 100_001, 5_000_000):
+        raw[at + 24 : at + 28] = struct.pack("<I", size)  # uncompressed, in the directory
+        path.write_bytes(raw)
+        assert everything(path) == ({"b.py": b"b = 1\n"}, {"a.py": "broken_member"})
 
 
 def test_bombs(path):

@@ -23,6 +23,11 @@ def test_texts():
     assert of_text(BSD_3) == "BSD-3-Clause"
     assert of_text(f"{MIT}\n\n{BSD_3}") == "BSD-3-Clause AND MIT"
     assert of_text(GPL_NOTICE) == "GPL-3.0"
+    python = "PYTHON SOFTWARE FOUNDATION LICENSE VERSION 2\nPermission to use, copy, modify, and distribute this software and"
+    assert (
+        of_text(python + "\nits documentation for any purpose and without fee is hereby granted. GPL-compatible")
+        == "PSF-2.0"
+    )
     assert of_text("All rights reserved. Ask before you copy.") == ""
 
 

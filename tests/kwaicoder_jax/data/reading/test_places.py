@@ -135,6 +135,11 @@ def test_a_part_of_a_file_has_a_fingerprint_of_its_own(tmp_path):
     raw[4000] ^= 1
     path.write_bytes(raw)
     assert [i for i, unit in enumerate(units) if unit.fingerprint() != before[i]] == [1]
+    raw[4000] ^= 1
+    at = raw.index(b"\n", 6000) - 1
+    raw[at] ^= 1  # of a line that begins in part 1 and ends in part 2
+    path.write_bytes(raw)
+    assert [i for i, unit in enumerate(units) if unit.fingerprint() != before[i]] == [1, 2]
 
 
 def test_archives_are_found_by_pattern(tmp_path):

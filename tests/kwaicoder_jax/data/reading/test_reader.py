@@ -219,17 +219,18 @@ def test_a_hostile_repository_runs_nothing(tmp_path):
         subprocess.run(["git", "-C", root, *arguments], check=True, env=environment)
     blob = subprocess.run(["git", "-C", root, "rev-parse", "HEAD:a.py"], capture_output=True, text=True).stdout.strip()
     trap = f"touch {tmp_path}/trapped"
+    other = f"touch {tmp_path}/trapped_too"
     config = f"""[core]
-        fsmonitor = "{trap}"
-        sshCommand = "{trap}"
-        pager = "{trap}"
+        fsmonitor = "{other}"
+        sshCommand = "{other}"
+        pager = "{other}"
         repositoryformatversion = 1
     [extensions]
         partialClone = origin
     [remote "origin"]
-        url = "ext::sh -c '{trap}'"
+        url = "ext::{trap}"
         promisor = true
-    [protocol]
+    [protocol "ext"]
         allow = always
     """
     with (root / ".git/config").open("a") as out:
@@ -239,7 +240,9 @@ def test_a_hostile_repository_runs_nothing(tmp_path):
     assert documents == {}
     assert set(skipped.values()) <= {"unreadable", "broken_repository"}
     assert len(skipped) == 1
-    assert not (tmp_path / "trapped").exists()
+    assert not list(tmp_path.glob("trapped*"))
+    subprocess.run(["git", "-C", root, "cat-file", "-p", blob], capture_output=True)
+    assert (tmp_path / "trapped").exists(), "it is a trap for those who do not take care"
 
 
 def test_rows(tmp_path):
@@ -295,6 +298,17 @@ def test_parquet_and_jsonl_of_the_same_rows_give_the_same_texts(tmp_path):
     from_columns, skipped = collect(place | {"kind": "parquet"})
     assert [document.text for document in from_columns.values()] == [document.text for document in from_lines.values()]
     assert skipped == {"c.parquet#0": "broken_table"}
+
+
+def test_what_was_done_to_texts_is_counted(tmp_path):
+    mojibake = "# naïve “quoted”\n".encode().decode("cp1252", "replace")
+    make(tmp_path, {"a.py": "# café\n".encode("latin-1"), "b.py": mojibake, "c.py": "x = 1\n"})
+    make(tmp_path, {"d.jsonl": json.dumps({"text": mojibake})})
+    counts = Counter()
+    for config in ({"kind": "folder", "path": str(tmp_path)}, {"kind": "jsonl", "path": str(tmp_path)}):
+        for unit in from_config("s", config).units():
+            list(read(unit, ANY, counts))
+    assert counts == {"encoding_cp1252": 1, "mojibake": 2}
 
 
 def test_limits_reach_the_archives(tmp_path):
