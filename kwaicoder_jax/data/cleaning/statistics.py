@@ -62,7 +62,7 @@ class Statistics:
       encoded: share of such data.
       escapes: share of escapes of bytes or code points, such as \\x1f and \\u00e9.
       syntax_errors: share of the bytes that the language's grammar finds no place for; nan where there is no grammar.
-      python_2: statements of Python 2 (print, exec), over the lines with text.
+      python_2: statements of Python 2 (print, exec; 20 at most), over the lines with text.
     """
 
     size: int

@@ -6,6 +6,7 @@ and dialects break the grammar in places of files that are good. Languages witho
 
 import functools
 import importlib
+import itertools
 import math
 import re
 from typing import Any, NamedTuple
@@ -35,7 +36,13 @@ _GRAMMARS = {
     "tsx": ("tree_sitter_typescript", "language_tsx"),
     "typescript": ("tree_sitter_typescript", "language_typescript"),
 }
-_PYTHON_2 = re.compile(r"\n[ \t]*+(?:print|exec)[ \t]++[^=\s]")  # a first look; the tree decides
+_PYTHON_2 = re.compile(rb"(?:\A|\n)[ \t]*+(print|exec)[ \t]++[^=\s]")  # a first look; the tree decides
+_FIRST = 20  # of such lines
+_CHUNK = 1 << 16
+# The parser reports each 100 of its steps: real files have one report in 70 bytes or more, counted and not timed, so
+# that the verdict is the same on any machine.
+_STEPS, _BYTES_A_STEP = 1000, 10
+_MOST_CHILDREN = 100_000  # of a node; one with more is lost as a whole, if it is an error
 _MOST_BYTES = 8_000_000  # tree-sitter's nodes take some ten times the text
 
 
@@ -43,8 +50,9 @@ class Faults(NamedTuple):
     """What the grammar says.
 
     Attributes:
-      share: of the bytes, in errors but not in the whole statements within them; a missing sign is one byte. nan: unknown.
-      python_2: print and exec statements.
+      share: of the bytes, in errors but not in the whole statements within them; a missing sign is one byte. 1: not
+        parsed within the steps that real texts take. nan: unknown.
+      python_2: print and exec statements, 20 at most.
     """
 
     share: float
@@ -54,14 +62,8 @@ class Faults(NamedTuple):
 UNKNOWN = Faults(math.nan)
 
 
-class _Grammar(NamedTuple):
-    parser: Any
-    errors: Any  # a query
-    statements: Any  # a query of Python 2's statements, or None
-
-
 @functools.cache
-def _grammar(language: str) -> _Grammar | None:
+def _parser(language: str) -> Any:
     module, function = _GRAMMARS[language]
     try:
         import tree_sitter
@@ -69,49 +71,66 @@ def _grammar(language: str) -> _Grammar | None:
         capsule = getattr(importlib.import_module(module), function)()
     except ImportError:
         return None
-    grammar = tree_sitter.Language(capsule)
-    statements = "[(print_statement) (exec_statement)] @s" if language == "python" else ""
-    return _Grammar(
-        tree_sitter.Parser(grammar),
-        tree_sitter.Query(grammar, "(ERROR) @error (MISSING) @missing"),
-        tree_sitter.Query(grammar, statements) if statements else None,
-    )
+    return tree_sitter.Parser(tree_sitter.Language(capsule))
 
 
 def known(language: str) -> bool:
     """Whether the language's grammar is installed."""
-    return language in _GRAMMARS and _grammar(language) is not None
+    return language in _GRAMMARS and _parser(language) is not None
 
 
 def check(text: str, language: str) -> Faults:
     """Parses the text; `UNKNOWN` without a grammar, or over 8 MB."""
-    grammar = _grammar(language) if language in _GRAMMARS else None
+    parser = _parser(language) if language in _GRAMMARS else None
     raw = text.encode()
-    if grammar is None or len(raw) > _MOST_BYTES:
+    if parser is None or len(raw) > _MOST_BYTES:
         return UNKNOWN
-    parser, errors, statements = grammar
-    root = parser.parse(raw).root_node
-    old = 0
-    if statements is not None and _PYTHON_2.search("\n" + text):
-        old = len(_captures(statements, root).get("s", ()))
-    if not root.has_error:
-        return Faults(0.0, old)
-    found = _captures(errors, root)
-    lost = sum(_lost(node) for node in found.get("error", ())) + len(found.get("missing", ()))
-    return Faults(min(1.0, lost / max(len(raw), 1)), old)
+    root = _parsed(parser, raw)
+    if root is None:
+        return Faults(1.0)
+    old = _python_2(root, raw) if language == "python" else 0
+    return Faults(min(1.0, _lost(root) / max(len(raw), 1)), old)
 
 
-def _captures(query: Any, node: Any) -> dict[str, list[Any]]:
-    import tree_sitter
+def _parsed(parser: Any, raw: bytes) -> Any:
+    """The tree's root; None where recovery from errors takes more steps than any real text (time can be quadratic)."""
+    if b"\0" in raw:  # in no source; the scanner of shells takes quadratic time over them
+        return None
+    steps = itertools.count()
+    limit = max(_STEPS, len(raw) // _BYTES_A_STEP)
+    try:
+        tree = parser.parse(
+            lambda offset, _: raw[offset : offset + _CHUNK], progress_callback=lambda *_: next(steps) > limit
+        )
+    except ValueError:
+        parser.reset()  # else the next text would be taken for the rest of this one
+        return None
+    return tree.root_node
 
-    return tree_sitter.QueryCursor(query).captures(node)
+
+def _lost(root: Any) -> int:
+    """Bytes in errors, outside the comments and the nodes of parts within them: those were understood, or have errors.
+
+    A walk of our own over the nodes with errors: a query takes time quadratic in the children of one node.
+    """
+    lost, nodes = 0, [root] if root.has_error else []
+    while nodes:
+        node = nodes.pop()
+        if node.is_missing:
+            lost += 1
+            continue
+        children = node.children if node.child_count <= _MOST_CHILDREN else []
+        if node.is_error:
+            whole = (child for child in children if child.is_extra or (child.is_named and child.child_count))
+            lost += node.end_byte - node.start_byte - sum(child.end_byte - child.start_byte for child in whole)
+        nodes += [child for child in children if child.has_error]
+    return lost
 
 
-def _lost(node: Any) -> int:
-    """Bytes of an error outside the comments and the nodes of parts within it: those were understood, or are errors too."""
-    whole = sum(
-        child.end_byte - child.start_byte
-        for child in node.children
-        if child.is_extra or (child.is_named and child.child_count)
-    )
-    return node.end_byte - node.start_byte - whole
+def _python_2(root: Any, raw: bytes) -> int:
+    """How many of the first 20 lines that begin with print or exec and a word are statements of Python 2."""
+    found = 0
+    for match in itertools.islice(_PYTHON_2.finditer(raw), _FIRST):
+        parent = root.descendant_for_byte_range(*match.span(1)).parent
+        found += parent is not None and parent.type in ("print_statement", "exec_statement")
+    return found
