@@ -286,7 +286,9 @@ def _identify() -> Callable[[bytes], str]:
     try:
         import magika
     except ImportError as error:
-        raise UserError("magika is not installed", where="guess_languages", remedy="pip install magika") from error
+        raise UserError(
+            "magika is not installed", where="prepare_data.read.guess_languages", remedy="pip install magika"
+        ) from error
     model = magika.Magika()
     return lambda raw: str(model.identify_bytes(raw).output.label)
 

@@ -243,14 +243,14 @@ def _rows(unit: Unit, path: Path, options: Options, counts: Counter[str]) -> Ite
             yield Skipped(f"{file}#{row.identifier}" if row.identifier else file, row.reason)
             continue
         settled = encoding.settle(row.text)
-        identifier = f"{file}#{row.number:015d}" + (
-            f"/{row.identifier}" if row.identifier.isprintable() else ""
-        ).rstrip("/")
+        named = f"/{row.identifier[:200]}" if row.identifier and row.identifier.isprintable() else ""
+        identifier = f"{file}#{row.number:015d}{named}"
         if settled.reason:
             yield Skipped(identifier, settled.reason)
             continue
         _count(settled, counts)
-        row_path = clean_name(row.path)[0] if row.path else ""
+        row_path, fault = clean_name(row.path.lstrip("/"))
+        row_path = "" if fault else row_path
         language = languages.named(row.language) if row.language else languages.language_of(row.path, settled.text)
         if not (row.language or row.path):
             language = language or place.language or "text"

@@ -165,14 +165,19 @@ def test_hostile_folders(tmp_path):
     (root / "p/gone.py").symlink_to("/nowhere")
     os.mkfifo(root / "p/pipe.py")
     (root / "p" / os.fsdecode(b"caf\xe9.py")).write_text("x = 2\n")
+    (root / "p/caf\\xe9.py").write_text("x = 4\n")
     (root / "p/new\nline.py").write_text("x = 3\n")
     (root / "p/tab\t.py").write_text("x = 3\n")
-    documents, skipped = collect({"kind": "folder", "path": str(root)})
+    (unit,) = from_config("s", {"kind": "folder", "path": str(root)}).units()
+    found = list(read(unit, ANY))
+    documents = {each.identifier: each for each in found if isinstance(each, Document)}
+    skipped = {each.identifier: each.reason for each in found if isinstance(each, Skipped)}
     assert {name: document.text for name, document in documents.items()} == {
         "p/a.py": "x = 1\n",
-        "p/caf\\xe9.py": "x = 2\n",
+        "p/caf\\xe9.py": "x = 4\n",
     }
     assert skipped == {
+        "p/caf\\xe9.py": "duplicate_name",
         "p/loop": "link",
         "p/self.py": "link",
         "p/passwd.py": "link",
@@ -309,6 +314,18 @@ def test_what_was_done_to_texts_is_counted(tmp_path):
         for unit in from_config("s", config).units():
             list(read(unit, ANY, counts))
     assert counts == {"encoding_cp1252": 1, "mojibake": 2}
+
+
+def test_names_that_tell_nothing_can_be_guessed(tmp_path):
+    pytest.importorskip("magika")
+    code = "import os\n\n\ndef main():\n    for name in os.listdir('.'):\n        print(name)\n\n\n"
+    make(tmp_path, {"a.unheard_of": code, "b": code, "c.png": b"\x89PNG\0"})
+    documents, skipped = collect(
+        {"kind": "folder", "path": str(tmp_path)},
+        Options(guess_languages=True, languages=("python",), allow_unknown_licence=True),
+    )
+    assert set(documents) == {"a.unheard_of", "b"}
+    assert skipped == {"c.png": "binary"}
 
 
 def test_limits_reach_the_archives(tmp_path):
