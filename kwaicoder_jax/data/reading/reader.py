@@ -237,7 +237,7 @@ def _rows(unit: Unit, path: Path, options: Options, counts: Counter[str]) -> Ite
     if isinstance(place, Jsonl):
         rows = tables.json_lines(path, place.layout, unit.part, options.limits)
     else:
-        rows = tables.parquet_rows(path, place.layout, unit.part)
+        rows = tables.parquet_rows(path, place.layout, unit.part, options.limits)
     for row in rows:
         if isinstance(row, Skipped):
             yield Skipped(f"{file}#{row.identifier}" if row.identifier else file, row.reason)
