@@ -90,7 +90,7 @@ def read(unit: Unit, options: Options, counts: Counter[str] | None = None) -> It
         repository = next((name[: -len(end)] for end in ENDINGS if name.lower().endswith(end)), name)
         yield from _archive(_Root(unit, counts, f"{clean_name(path)[0]}/", repository), root / path, options)
     elif isinstance(place, Git):
-        name = root.resolve().name if unit.repository == "." else unit.repository
+        name = place.name if unit.repository == "." else unit.repository
         files = GitFiles(root / unit.repository, (*unit.paths, *unit.context), options.limits)
         yield from _files(_Root(unit, counts, f"{name}/", name), files, options)
     elif isinstance(place, Folder):

@@ -191,6 +191,25 @@ def row_groups(path: Path) -> list[int]:
         return []
 
 
+def span(path: Path, part: tuple[int, int]) -> tuple[int, int, str]:
+    """Where some row groups stand, (start, stop) in bytes, and what else their rows depend on: the schema, their numbers.
+
+    Raises ValueError where the file is broken.
+    """
+    try:
+        with _parquet(path) as file:
+            before = sum(file.metadata.row_group(i).num_rows for i in range(part[0]))
+            groups = [file.metadata.row_group(i) for i in range(*part)]
+            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+            starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+            stops = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks)]
+            return min(starts), max(stops), f"{before} {file.schema_arrow.to_string(show_schema_metadata=False)}"
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises nearly anything on broken input
+        raise ValueError(f"{path} is broken") from error
+
+
 def _batch_rows(file: Any, group: int, columns: list[str], limits: Limits) -> int:
     """How many rows fit into `held_bytes` whatever they are: each may be as long as all that is stored of a column."""
     row_group = file.metadata.row_group(group)

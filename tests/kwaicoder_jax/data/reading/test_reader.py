@@ -126,12 +126,12 @@ def test_a_folder_a_tar_a_zip_and_a_repository_give_the_same(tmp_path):
     }
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
         subprocess.run(["git", "-C", repository, *arguments], check=True, env=environment)
-    for place in (tmp_path / "git", repository):
+    for place, name in ((tmp_path / "git", "one"), (repository, "s")):  # one alone bears the place's name
         tracked, tracked_skipped = collect({"kind": "git", "path": str(place)}, options)
-        assert {name: document.text for name, document in tracked.items()} == {
-            name.replace("p/", "one/", 1): document.text for name, document in documents.items()
+        assert {key: document.text for key, document in tracked.items()} == {
+            key.replace("p", name, 1): document.text for key, document in documents.items()
         }
-        assert tracked_skipped == {name.replace("p/", "one/", 1): reason for name, reason in skipped.items()}
+        assert tracked_skipped == {key.replace("p", name, 1): reason for key, reason in skipped.items()}
 
 
 def test_a_folder_cut_into_many_units_gives_what_one_unit_gives(tmp_path):
