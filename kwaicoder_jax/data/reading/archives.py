@@ -122,8 +122,8 @@ class Zip(Container):
 
     def listing(self) -> Listing:
         members = _Members(self._limits)
-        size = self._path.stat().st_size
         with streams.faults(), self._path.open("rb") as file:
+            size = self._path.stat().st_size
             _check_directory(file, size)
             for info in zipfile.ZipFile(file).infolist():
                 mode = info.external_attr >> 16
@@ -142,13 +142,11 @@ class Zip(Container):
         return _sort(members.sizes, members.refused)
 
     def contents(self, names: Collection[str]) -> Iterator[tuple[str, bytes | Skipped]]:
-        with self._path.open("rb") as file:
-            try:
-                with streams.faults():
-                    archive = zipfile.ZipFile(file)
-            except Refused as refused:
-                yield from ((name, Skipped(name, refused.reason)) for name in names)
-                return
+        with streams.faults():
+            file = self._path.open("rb")
+        with file:
+            with streams.faults():
+                archive = zipfile.ZipFile(file)
             for name in sorted(names):
                 try:
                     with streams.faults(), archive.open(self._infos[name]) as member:

@@ -62,12 +62,18 @@ class FolderFiles(Container):
 
     def __init__(self, root: Path, paths: Collection[str], limits: Limits):
         self._root, self._limits = root, limits
-        self._names = [(*clean_name(path), path) for path in paths]
-        self._paths = {name: path for name, reason, path in self._names if not reason}
+        self._paths: dict[str, str] = {}
+        self._refused: list[Skipped] = []
+        for path in sorted(paths):
+            name, reason = clean_name(path)
+            if reason := reason or ("duplicate_name" if name in self._paths else ""):
+                self._refused.append(Skipped(name, reason))
+            else:
+                self._paths[name] = path
 
     def listing(self) -> Listing:
         sizes: dict[str, int] = {}
-        refused = [Skipped(name, reason) for name, reason, _ in self._names if reason]
+        refused = list(self._refused)
         for name, path in sorted(self._paths.items()):
             try:
                 sizes[name] = os.lstat(self._root / path).st_size

@@ -184,9 +184,9 @@ def _pattern(expression: str) -> re.Pattern[str]:
 
 _OBJECTIVE_C = _pattern(r"^\s*(?:@(?:interface|implementation|protocol|class|end|property|import)\b|#\s*import\b)")
 _CPP = _pattern(
-    r"^\s*(?:class\s+\w[^;(]*\{|class\s+(?:\w+\s+)?\w+\s*(?:final\s*)?[:{;]|namespace\b|template\s*<|using\s+\w|"
+    r"^\s*(?:class\s+\w[^;(]*\{|class\s+(?:\w+\s+)?\w+\s*(?:final\s*)?[:{;]|namespace\b|template\s*<|using\s+(?:namespace\b|\w+\s*=|\w+::)|"
     r"(?:public|private|protected)\s*:|#\s*include\s*<(?:\w+|c\w+)>)|\b(?:std|boost)::|\bconstexpr\b|\bnullptr\b|"
-    r"\boperator\s*[=<>+*(\[-]|\bvirtual\s+\w|\bstatic_cast<"
+    r"\boperator\s*(?:[=<>+*/!-]{1,2}|\(\)|\[\])\s*\(|\bvirtual\s+[\w:<>*&~ ]+\(|\bstatic_cast<"
 )
 _PROLOG = _pattern(r"^\s*:-\s|^[a-z]\w*(?:\([^\n]*\))?\s*:-|-->")
 _PERL = _pattern(
@@ -286,7 +286,9 @@ def _identify() -> Callable[[bytes], str]:
     try:
         import magika
     except ImportError as error:
-        raise UserError("magika is not installed", where="guess_languages", remedy="pip install magika") from error
+        raise UserError(
+            "magika is not installed", where="prepare_data.read.guess_languages", remedy="pip install magika"
+        ) from error
     model = magika.Magika()
     return lambda raw: str(model.identify_bytes(raw).output.label)
 

@@ -90,7 +90,7 @@ def read(unit: Unit, options: Options, counts: Counter[str] | None = None) -> It
         repository = next((name[: -len(end)] for end in ENDINGS if name.lower().endswith(end)), name)
         yield from _archive(_Root(unit, counts, f"{clean_name(path)[0]}/", repository), root / path, options)
     elif isinstance(place, Git):
-        name = root.resolve().name if unit.repository == "." else unit.repository
+        name = place.name if unit.repository == "." else unit.repository
         files = GitFiles(root / unit.repository, (*unit.paths, *unit.context), options.limits)
         yield from _files(_Root(unit, counts, f"{name}/", name), files, options)
     elif isinstance(place, Folder):
@@ -237,20 +237,20 @@ def _rows(unit: Unit, path: Path, options: Options, counts: Counter[str]) -> Ite
     if isinstance(place, Jsonl):
         rows = tables.json_lines(path, place.layout, unit.part, options.limits)
     else:
-        rows = tables.parquet_rows(path, place.layout, unit.part)
+        rows = tables.parquet_rows(path, place.layout, unit.part, options.limits)
     for row in rows:
         if isinstance(row, Skipped):
             yield Skipped(f"{file}#{row.identifier}" if row.identifier else file, row.reason)
             continue
         settled = encoding.settle(row.text)
-        identifier = f"{file}#{row.number:015d}" + (
-            f"/{row.identifier}" if row.identifier.isprintable() else ""
-        ).rstrip("/")
+        named = f"/{row.identifier[:200]}" if row.identifier and row.identifier.isprintable() else ""
+        identifier = f"{file}#{row.number:015d}{named}"
         if settled.reason:
             yield Skipped(identifier, settled.reason)
             continue
         _count(settled, counts)
-        row_path = clean_name(row.path)[0] if row.path else ""
+        row_path, fault = clean_name(row.path.lstrip("/"))
+        row_path = "" if fault else row_path
         language = languages.named(row.language) if row.language else languages.language_of(row.path, settled.text)
         if not (row.language or row.path):
             language = language or place.language or "text"

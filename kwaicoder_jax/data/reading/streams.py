@@ -3,6 +3,7 @@
 import bz2
 import contextlib
 import dataclasses
+import errno
 import gzip
 import io
 import lzma
@@ -62,8 +63,8 @@ def faults() -> Iterator[None]:
         *(struct.error, ValueError, OverflowError, MemoryError, IndexError, KeyError),
     ) as error:
         raise Refused("broken_archive") from error
-    except OSError as error:  # bz2 says "invalid data stream" this way, without a number
-        raise Refused("unreadable" if error.errno else "broken_archive") from error
+    except OSError as error:  # bz2 and a seek before the start say "broken" this way
+        raise Refused("broken_archive" if error.errno in (None, errno.EINVAL) else "unreadable") from error
 
 
 class Stream(Protocol):

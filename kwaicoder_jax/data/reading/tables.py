@@ -191,13 +191,41 @@ def row_groups(path: Path) -> list[int]:
         return []
 
 
-def parquet_rows(path: Path, fields: Fields, part: tuple[int, int] | None) -> Iterator[Row | Skipped]:
-    """Yields the rows of a Parquet file, 64 in memory at a time; a broken row group ends the file.
+def span(path: Path, part: tuple[int, int]) -> tuple[int, int, str]:
+    """Where some row groups stand, (start, stop) in bytes, and what else their rows depend on: the schema, their numbers.
+
+    Raises ValueError where the file is broken.
+    """
+    try:
+        with _parquet(path) as file:
+            before = sum(file.metadata.row_group(i).num_rows for i in range(part[0]))
+            groups = [file.metadata.row_group(i) for i in range(*part)]
+            chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+            starts = [chunk.dictionary_page_offset or chunk.data_page_offset for chunk in chunks]
+            stops = [start + chunk.total_compressed_size for start, chunk in zip(starts, chunks)]
+            return min(starts), max(stops), f"{before} {file.schema_arrow.to_string(show_schema_metadata=False)}"
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises nearly anything on broken input
+        raise ValueError(f"{path} is broken") from error
+
+
+def _batch_rows(file: Any, group: int, columns: list[str], limits: Limits) -> int:
+    """How many rows fit into `held_bytes` whatever they are: each may be as long as all that is stored of a column."""
+    row_group = file.metadata.row_group(group)
+    chunks = [row_group.column(i) for i in range(row_group.num_columns)]
+    stored = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    return max(1, min(64, limits.held_bytes // max(1, stored)))
+
+
+def parquet_rows(path: Path, fields: Fields, part: tuple[int, int] | None, limits: Limits) -> Iterator[Row | Skipped]:
+    """Yields the rows of a Parquet file, at most 64 in memory at a time; a broken row group ends the file.
 
     Args:
       path: the file.
       fields: which columns to take; no other is read.
       part: (start, stop) of the row groups.
+      limits: `held_bytes` bounds the rows in memory, at least one.
     """
     number = 0
     try:
@@ -209,7 +237,8 @@ def parquet_rows(path: Path, fields: Fields, part: tuple[int, int] | None) -> It
             start, stop = part or (0, file.metadata.num_row_groups)
             number = sum(file.metadata.row_group(i).num_rows for i in range(start))
             for group in range(start, stop):
-                for batch in file.iter_batches(64, [group], columns, use_threads=False):
+                rows = _batch_rows(file, group, columns, limits)
+                for batch in file.iter_batches(rows, [group], columns, use_threads=False):
                     for values in batch.to_pylist():
                         row = pick(values, fields, number)
                         yield row if isinstance(row, Row) else Skipped(str(number), row)

@@ -26,6 +26,7 @@ OBJECTIVE_C = "#import <Foundation/Foundation.h>\n@interface A : NSObject\n- (vo
         ("a.h", "#include <vector>\nint f();\n", "cpp"),
         ("a.h", '#ifdef __cplusplus\nextern "C" {\n#endif\nint f(void);\n', "c"),
         ("a.h", "/* a class of its own: see above */\nstruct a { int class_; };\n", "c"),
+        ("a.h", "/* the virtual address, by using operator * of it */\nint f(void);\n", "c"),
         ("a.h", "// -*- C++ -*-\nint f();\n", "cpp"),
         ("a.h", OBJECTIVE_C, "objective_c"),
         ("a.m", OBJECTIVE_C, "objective_c"),

@@ -142,6 +142,25 @@ def test_a_part_of_a_file_has_a_fingerprint_of_its_own(tmp_path):
     assert [i for i, unit in enumerate(units) if unit.fingerprint() != before[i]] == [1, 2]
 
 
+def test_row_groups_have_fingerprints_of_their_own(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    rows = [f"a = {i:06d}\n" for i in range(500)]
+
+    def fingerprints():
+        parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=100, compression="none")
+        place = from_config("s", {"kind": "parquet", "path": str(path), "unit_bytes": 1000})
+        return [unit.fingerprint() for unit in place.units()]
+
+    before = fingerprints()
+    assert len(set(before)) == 5
+    assert fingerprints() == before
+    rows[250] = "a = 123456\n"
+    assert [i for i, digest in enumerate(fingerprints()) if digest != before[i]] == [2]
+
+
 def test_archives_are_found_by_pattern(tmp_path):
     make(tmp_path, {"a.tar.gz": "1", "b/c.zip": "2", "b/d.txt": "3"})
     (tmp_path / "e.zip").symlink_to(tmp_path / "b/c.zip")

@@ -126,12 +126,12 @@ def test_a_folder_a_tar_a_zip_and_a_repository_give_the_same(tmp_path):
     }
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
         subprocess.run(["git", "-C", repository, *arguments], check=True, env=environment)
-    for place in (tmp_path / "git", repository):
+    for place, name in ((tmp_path / "git", "one"), (repository, "s")):  # one alone bears the place's name
         tracked, tracked_skipped = collect({"kind": "git", "path": str(place)}, options)
-        assert {name: document.text for name, document in tracked.items()} == {
-            name.replace("p/", "one/", 1): document.text for name, document in documents.items()
+        assert {key: document.text for key, document in tracked.items()} == {
+            key.replace("p", name, 1): document.text for key, document in documents.items()
         }
-        assert tracked_skipped == {name.replace("p/", "one/", 1): reason for name, reason in skipped.items()}
+        assert tracked_skipped == {key.replace("p", name, 1): reason for key, reason in skipped.items()}
 
 
 def test_a_folder_cut_into_many_units_gives_what_one_unit_gives(tmp_path):
@@ -165,14 +165,19 @@ def test_hostile_folders(tmp_path):
     (root / "p/gone.py").symlink_to("/nowhere")
     os.mkfifo(root / "p/pipe.py")
     (root / "p" / os.fsdecode(b"caf\xe9.py")).write_text("x = 2\n")
+    (root / "p/caf\\xe9.py").write_text("x = 4\n")
     (root / "p/new\nline.py").write_text("x = 3\n")
     (root / "p/tab\t.py").write_text("x = 3\n")
-    documents, skipped = collect({"kind": "folder", "path": str(root)})
+    (unit,) = from_config("s", {"kind": "folder", "path": str(root)}).units()
+    found = list(read(unit, ANY))
+    documents = {each.identifier: each for each in found if isinstance(each, Document)}
+    skipped = {each.identifier: each.reason for each in found if isinstance(each, Skipped)}
     assert {name: document.text for name, document in documents.items()} == {
         "p/a.py": "x = 1\n",
-        "p/caf\\xe9.py": "x = 2\n",
+        "p/caf\\xe9.py": "x = 4\n",
     }
     assert skipped == {
+        "p/caf\\xe9.py": "duplicate_name",
         "p/loop": "link",
         "p/self.py": "link",
         "p/passwd.py": "link",
@@ -309,6 +314,18 @@ def test_what_was_done_to_texts_is_counted(tmp_path):
         for unit in from_config("s", config).units():
             list(read(unit, ANY, counts))
     assert counts == {"encoding_cp1252": 1, "mojibake": 2}
+
+
+def test_names_that_tell_nothing_can_be_guessed(tmp_path):
+    pytest.importorskip("magika")
+    code = "import os\n\n\ndef main():\n    for name in os.listdir('.'):\n        print(name)\n\n\n"
+    make(tmp_path, {"a.unheard_of": code, "b": code, "c.png": b"\x89PNG\0"})
+    documents, skipped = collect(
+        {"kind": "folder", "path": str(tmp_path)},
+        Options(guess_languages=True, languages=("python",), allow_unknown_licence=True),
+    )
+    assert set(documents) == {"a.unheard_of", "b"}
+    assert skipped == {"c.png": "binary"}
 
 
 def test_limits_reach_the_archives(tmp_path):

@@ -126,11 +126,28 @@ def test_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=300)
     fields = LAYOUTS["the_stack"]
-    found = list(parquet_rows(path, fields, None))
+    found = list(parquet_rows(path, fields, None, Limits()))
     assert found == [Skipped("7", "no_text") if i == 7 else pick(row, fields, i) for i, row in enumerate(rows)]
     assert len(tables.row_groups(path)) == 4
-    assert [row for part in [(0, 1), (1, 3), (3, 4)] for row in parquet_rows(path, fields, part)] == found
-    assert list(parquet_rows(path, TEXT, None)) == [Skipped("", "no_text")]
+    assert [row for part in [(0, 1), (1, 3), (3, 4)] for row in parquet_rows(path, fields, part, Limits())] == found
+    assert list(parquet_rows(path, TEXT, None, Limits())) == [Skipped("", "no_text")]
+
+
+def test_one_long_text_for_many_rows_of_parquet_is_not_held_many_times(tmp_path):
+    import tracemalloc
+
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["x" * 4_000_000] * 40}), path, compression="zstd")
+    assert path.stat().st_size < 100_000
+    tracemalloc.start()
+    count = sum(isinstance(row, Row) for row in parquet_rows(path, TEXT, None, Limits(held_bytes=16_000_000)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 40
+    assert peak < 50e6
 
 
 def test_broken_parquet_is_counted(tmp_path):
@@ -142,11 +159,11 @@ def test_broken_parquet_is_counted(tmp_path):
     whole = path.read_bytes()
     for length in (0, 4, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
-        assert list(parquet_rows(path, TEXT, None)) == [Skipped("0", "broken_table")]
+        assert list(parquet_rows(path, TEXT, None, Limits())) == [Skipped("0", "broken_table")]
         assert tables.row_groups(path) == []
     for at in range(0, len(whole), 37):
         raw = bytearray(whole)
         raw[at] ^= 0x55
         path.write_bytes(raw)
-        for each in parquet_rows(path, TEXT, None):
+        for each in parquet_rows(path, TEXT, None, Limits()):
             assert isinstance(each, Row | Skipped)
