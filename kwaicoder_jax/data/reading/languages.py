@@ -287,7 +287,7 @@ def _identify() -> Callable[[bytes], str]:
         import magika
     except ImportError as error:
         raise UserError(
-            "magika is not installed", where="prepare_data.read.guess_languages", remedy="pip install magika"
+            "magika is not installed", where="prepare_data.reading.guess_languages", remedy="pip install magika"
         ) from error
     model = magika.Magika()
     return lambda raw: str(model.identify_bytes(raw).output.label)

@@ -41,10 +41,10 @@ class Options:
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.languages or ()) - set(languages.LANGUAGES)):
             remedy = f"one of {', '.join(sorted(languages.LANGUAGES))}"
-            raise UserError(f"{unknown[0]!r} is not a language", where="prepare_data.read.languages", remedy=remedy)
+            raise UserError(f"{unknown[0]!r} is not a language", where="prepare_data.reading.languages", remedy=remedy)
         if self.max_document_bytes <= 0:
             raise UserError(
-                f"{self.max_document_bytes!r} is not positive", where="prepare_data.read.max_document_bytes"
+                f"{self.max_document_bytes!r} is not positive", where="prepare_data.reading.max_document_bytes"
             )
 
     def by_name(self, name: str, size: int) -> str:
