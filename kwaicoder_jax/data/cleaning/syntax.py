@@ -85,6 +85,8 @@ def check(text: str, language: str) -> Faults:
     """Parses the text; `UNKNOWN` without a grammar, or over 500 kB (shell: 100 kB)."""
     parser = _parser(language) if language in _GRAMMARS else None
     raw = text.encode()
+    if parser is not None and b"\0" in raw:  # in no source; the scanner of shells takes quadratic time over them
+        return Faults(1.0)
     if parser is None or len(raw) > (_MOST_BYTES_OF_SHELL if language == "shell" else _MOST_BYTES):
         return UNKNOWN
     root = _parsed(parser, raw)
@@ -96,8 +98,8 @@ def check(text: str, language: str) -> Faults:
 
 def _parsed(parser: Any, raw: bytes) -> Any:
     """The tree's root; None where recovery from errors takes more steps than any real text (time can be quadratic)."""
-    # The scanner of shells takes quadratic time over NULs, which no source has, and over openings of here-documents.
-    if b"\0" in raw or raw.count(b"<<") > max(_HERE_DOCUMENTS, len(raw) // 100):
+    # The scanner of shells takes quadratic time over openings of here-documents.
+    if raw.count(b"<<") > max(_HERE_DOCUMENTS, len(raw) // 100):
         return None
     steps = itertools.count()
     limit = max(_STEPS, len(raw) // _BYTES_A_STEP)
