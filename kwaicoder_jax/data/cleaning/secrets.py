@@ -17,7 +17,7 @@ from kwaicoder_jax.errors import UserError
 _WINDOW = 512  # characters around a sign of a key in which patterns are looked for: no line is too long
 # plugin's module, its class, and texts without which none of its patterns can match
 _PLUGINS = (
-    ("aws", "AWSKeyDetector", ("AKIA", "ASIA", "ABIA", "ACCA", "A3T")),
+    ("aws", "AWSKeyDetector", ("AKIA", "ASIA", "ABIA", "ACCA", "A3T", "aws", "AWS")),
     ("azure_storage_key", "AzureStorageKeyDetector", ("AccountKey=",)),
     ("basic_auth", "BasicAuthDetector", ("://",)),
     ("github_token", "GitHubTokenDetector", ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")),

@@ -134,8 +134,8 @@ def test_no_secrets(text):
 
 
 def test_aws_secrets_keep_their_names_and_data_is_no_key():
-    found = redaction.redact(f"aws_secret_key = '{RANDOM}'\n")
-    assert found.text.startswith("aws_secret_key = '")
+    found = redaction.redact(f"aws_pw_of_it = '{RANDOM}'\n")
+    assert found.text.startswith("aws_pw_of_it = '")
     assert found.counts == {"secret": 1}
     data = "x = '" + RANDOM + TOKENS["aws"] + RANDOM + "'"
     assert redaction.redact(data) == (data, {})
