@@ -35,7 +35,7 @@ _IPV6 = re.compile(r"[23][0-9a-fA-F]{3}:(?:[0-9a-fA-F]{0,4}:){1,6}[0-9a-fA-F]{0,
 _VERSION = re.compile(
     r"(?:ver(?:sion)?|\bv|release|\brev|build|\boid|revision|firmware|[=<>~!^]=|[\w]/)[\W_]{0,6}\Z", re.I
 )
-_SMALLEST = 25  # four smaller numbers are a version or a section rather than an address
+_SMALLEST = 25  # three smaller numbers of the four: a version or a section, as in "HTML5, 8.2.4.44", not an address
 _RESOLVERS = names("8.8.8.8 8.8.4.4 1.1.1.1 1.0.0.1 9.9.9.9 208.67.222.222 208.67.220.220 4.2.2.2")
 _LOOK_BACK = 24  # characters
 _PASSES = 10  # what stood beside a replaced value can be found in the next; more than two are for hostile texts
@@ -133,4 +133,4 @@ def _is_public(address: str) -> bool:
         return False
     if not parsed.is_global or parsed.is_multicast or parsed.is_reserved or address in _RESOLVERS:
         return False
-    return parsed.version == 6 or (max(parsed.packed) >= _SMALLEST and parsed.packed[3] != 0)
+    return parsed.version == 6 or (sorted(parsed.packed)[2] >= _SMALLEST and parsed.packed[3] != 0)

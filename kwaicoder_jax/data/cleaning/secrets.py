@@ -17,7 +17,7 @@ from kwaicoder_jax.errors import UserError
 _WINDOW = 512  # characters around a sign of a key in which patterns are looked for: no line is too long
 # plugin's module, its class, and texts without which none of its patterns can match
 _PLUGINS = (
-    ("aws", "AWSKeyDetector", ("AKIA", "ASIA", "ABIA", "ACCA", "A3T")),
+    ("aws", "AWSKeyDetector", ("AKIA", "ASIA", "ABIA", "ACCA", "A3T", "aws", "AWS")),
     ("azure_storage_key", "AzureStorageKeyDetector", ("AccountKey=",)),
     ("basic_auth", "BasicAuthDetector", ("://",)),
     ("github_token", "GitHubTokenDetector", ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")),
@@ -31,7 +31,7 @@ _PLUGINS = (
     ("square_oauth", "SquareOAuthDetector", ("sq0csp-",)),
     ("stripe", "StripeDetector", ("k_live_",)),
 )
-_GROUPS = {"BasicAuthDetector": 1, "NpmDetector": 1}  # what is secret of the match; else all of it
+_GROUPS = {"AWSKeyDetector": 1, "BasicAuthDetector": 1, "NpmDetector": 1}  # what is secret, where a pattern has groups
 _VALUE = re.compile(r"[\"'`]([A-Za-z0-9+/=_.~-]{16,200})[\"'`]")
 _NAME = re.compile(
     r"(?:password|passwd|pwd|secret|token|api_?key|access_?key|auth_?key|client_?key|private_?key)\w{0,20}"
@@ -110,8 +110,8 @@ def _secrets(text: str) -> list[tuple[int, int]]:
         for start, end in _windows(text, signs):
             for pattern in patterns:
                 for match in pattern.finditer(text, start, end):
-                    span = match.span(_GROUPS.get(name, 0))
-                    if _plausible(name, text[slice(*span)]):
+                    span = match.span(_GROUPS.get(name, 0) if pattern.groups else 0)
+                    if _plausible(name, text[slice(*span)]) and not _in_data(text, *span):
                         found.add(span)
     for match in _VALUE.finditer(text):
         before = text[max(0, match.start() - _LONGEST_NAME) : match.start()]
@@ -141,6 +141,12 @@ def _plausible(plugin: str, secret: str) -> bool:
     if plugin == "BasicAuthDetector":
         return len(secret) >= 6 and not _PLACEHOLDER.search(secret) and bool(re.search(r"\d", secret))
     return "EXAMPLE" not in secret
+
+
+def _in_data(text: str, start: int, end: int) -> bool:
+    """Whether it is a piece of a longer run of base64."""
+    around = text[max(0, start - 1) : start] + text[end : end + 1]
+    return any(character.isalnum() or character in "+/" for character in around) and text[start:end].isalnum()
 
 
 def _is_random(value: str) -> bool:

@@ -41,9 +41,11 @@ _FIRST = 20  # of such lines
 _CHUNK = 1 << 16
 # The parser reports each 100 of its steps: real files have one report in 70 bytes or more, counted and not timed, so
 # that the verdict is the same on any machine.
-_STEPS, _BYTES_A_STEP = 1000, 10
+_STEPS, _BYTES_A_STEP = 500, 25
+_HERE_DOCUMENTS = 300  # or one in 100 bytes; << shifts too
 _MOST_CHILDREN = 100_000  # of a node; one with more is lost as a whole, if it is an error
-_MOST_BYTES = 8_000_000  # tree-sitter's nodes take some ten times the text
+_MOST_BYTES = 500_000  # larger texts are not judged; hostile ones of 1 MB took 1 GB
+_MOST_BYTES_OF_SHELL = 100_000  # whose grammar is ambiguous: 650 MB for 100 kB of Python taken for shell
 
 
 class Faults(NamedTuple):
@@ -80,10 +82,12 @@ def known(language: str) -> bool:
 
 
 def check(text: str, language: str) -> Faults:
-    """Parses the text; `UNKNOWN` without a grammar, or over 8 MB."""
+    """Parses the text; `UNKNOWN` without a grammar, or over 500 kB (shell: 100 kB)."""
     parser = _parser(language) if language in _GRAMMARS else None
     raw = text.encode()
-    if parser is None or len(raw) > _MOST_BYTES:
+    if parser is not None and b"\0" in raw:  # in no source; the scanner of shells takes quadratic time over them
+        return Faults(1.0)
+    if parser is None or len(raw) > (_MOST_BYTES_OF_SHELL if language == "shell" else _MOST_BYTES):
         return UNKNOWN
     root = _parsed(parser, raw)
     if root is None:
@@ -94,7 +98,8 @@ def check(text: str, language: str) -> Faults:
 
 def _parsed(parser: Any, raw: bytes) -> Any:
     """The tree's root; None where recovery from errors takes more steps than any real text (time can be quadratic)."""
-    if b"\0" in raw:  # in no source; the scanner of shells takes quadratic time over them
+    # The scanner of shells takes quadratic time over openings of here-documents.
+    if raw.count(b"<<") > max(_HERE_DOCUMENTS, len(raw) // 100):
         return None
     steps = itertools.count()
     limit = max(_STEPS, len(raw) // _BYTES_A_STEP)

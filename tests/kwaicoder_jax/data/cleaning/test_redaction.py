@@ -54,7 +54,8 @@ def test_addresses(text, expected):
         "@decorator.com",
         "127.0.0.1 0.0.0.0 10.1.2.3 192.168.1.1 172.16.0.9 169.254.1.1 255.255.255.0 224.0.0.251 239.255.255.250",
         "192.0.2.7 198.51.100.3 203.0.113.9 8.8.8.8 1.1.1.1 100.64.0.1",
-        "1.2.3.4 version 91.4.44.124 v100.2.3.4 ==127.45.67.89 Chrome/91.0.4.124 1.3.6.1.4.1.311.21.20 300.1.1.1",
+        "1.2.3.4 8.2.4.44 30.3.3.3 version 91.4.44.124 v100.2.3.4 ==127.45.67.89 Chrome/91.0.4.124",
+        "1.3.6.1.4.1.311.21.20 300.1.1.1",
         "93.184.216.34.5 5.93.184.216.34 a93.184.216.34 93.184.216.34a 093.184.216.034",
         "std::string a::b 12:34:56 fe80::1 ::1 2001:db8::5 00:1b:44:11:3a:b7 2024:01:02",
     ],
@@ -130,6 +131,14 @@ def test_named_strings():
 )
 def test_no_secrets(text):
     assert redaction.redact(text) == (text, {})
+
+
+def test_aws_secrets_keep_their_names_and_data_is_no_key():
+    found = redaction.redact(f"aws_pw_of_it = '{RANDOM}'\n")
+    assert found.text.startswith("aws_pw_of_it = '")
+    assert found.counts == {"secret": 1}
+    data = "x = '" + RANDOM + TOKENS["aws"] + RANDOM + "'"
+    assert redaction.redact(data) == (data, {})
 
 
 def test_passwords_of_links():

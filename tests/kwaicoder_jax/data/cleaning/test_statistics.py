@@ -77,6 +77,7 @@ def test_comments_and_strings_as_pythons_tokeniser_has_them(library):
         ("tex", "50\\% of % all\n", "% all", ""),
         ("json", '{"a": "b // c"}', "", '"a"|"b // c"'),
         ("c", 'x = "not closed\n// y\n/* to the end', "// y|/* to the end", '"not closed'),
+        ("python", "b'''no docstring'''\n", "", "'''no docstring'''"),
         ("python", "x = '''a\n# b'''  # c\n\"\"\"doc\"\"\"\n", '# c|"""doc"""', "'''a\n# b'''"),
     ],
 )
@@ -109,9 +110,9 @@ def test_first_words_of_lines():
     text = (
         "import a\nfrom b import c\nimportant = 1\n    pass\npassword = 2\nprint(x)\nblueprint = 3\n"
         "self.assertEqual(a, b)\nassertive(c)\nassert d\nreassert()\nconsole.log(x)\nSystem.out.println(y)\n\n  \n"
-        "fmt.Printf(z)\nprintf(q)\nstd::cout << r\n#define A\n# comment\n#\n(((\n"
+        "fmt.Printf(z)\ny1\nprintf(q)\nstd::cout << r\n#define A\n# comment\n#\n(((\n"
     )
-    measured, total = measure(text, parse=False), 20
+    measured, total = measure(text, parse=False), 21
     assert measured.imports == 2 / total
     assert measured.passes == 1 / total
     assert measured.asserts == 3 / total

@@ -37,6 +37,12 @@ def test_whole_statements_in_an_error_count_as_understood():
     assert syntax.check(C, "c").share == 0.0
 
 
+def test_comments_in_an_error_and_missing_signs():
+    commented = "FT_BEGIN_HEADER\n\n/* " + "what it does " * 100 + "*/\nFT_EXPORT( int )\nadd(int a);\nFT_END_HEADER(\n"
+    assert 0 < syntax.check(commented, "c").share < 0.1
+    assert syntax.check("int x = 1", "c").share == 1 / 9
+
+
 def test_python_2():
     text = 'x = """\nprint the manual\n"""\nprint(x)\nprint = 2\n'
     assert syntax.check(text, "python") == (0.0, 0)
