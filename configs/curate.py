@@ -27,6 +27,12 @@ def get_config() -> ConfigDict:
         "cleaning": {},  # rules can be changed: {"rules": {"digits": {"at_most": 0.3}}}
         "deduplication": {"threshold": 0.7, "permutations": 256, "width": 5},
         "decontamination": {"folder": config_dict.placeholder(str), "width": 10},
+        "quality": {  # with one of the files: scores, and the lowest tenth of each language goes
+            "scorer": config_dict.placeholder(str),  # a scorer.npz that an earlier run made
+            "labels": config_dict.placeholder(str),  # rows of "text" and "label", to train one
+            "drop": 0.1,
+            "of": "good",
+        },
         "engine": {"kind": "local", "workers": 2, "options": ()},
         "vocab_size": 16_384,
         "valid_fraction": 0.005,

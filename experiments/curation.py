@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import fields
+from experiments import fields, sections
 from experiments.contract import Context
 from kwaicoder_jax import files
-from kwaicoder_jax.data import cleaning, curate, reading
+from kwaicoder_jax.data import cleaning, curate, quality, reading
 from kwaicoder_jax.data.decontamination import Settings as Decontamination
 from kwaicoder_jax.data.deduplication import Settings as Deduplication
 from kwaicoder_jax.data.engine import runners, tally
@@ -16,7 +16,9 @@ from kwaicoder_jax.data.sources import Source
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.evaluation.report import curation as page
 
-DEFAULTS: Mapping[str, Any] = {"reading": {}, "cleaning": {}, "deduplication": {}, "decontamination": None}
+DEFAULTS: Mapping[str, Any] = {
+    "reading": {}, "cleaning": {}, "deduplication": {}, "decontamination": None, "quality": None
+}  # fmt: skip
 ENGINE: Mapping[str, Any] = {"kind": "local", "workers": 0, "options": ()}
 NAMES = ("places", *DEFAULTS, "engine")
 
@@ -34,7 +36,7 @@ class Curation(NamedTuple):
 
 
 def run(context: Context) -> Curation:
-    """Curates the section's places; writes curation.json and report.html into the stage's folder."""
+    """Curates the section's places; writes curation.json, report.html and a trained scorer into the stage's folder."""
     named = context.section.get("places") or {}
     if not named:
         return Curation({}, {})
@@ -49,30 +51,60 @@ def run(context: Context) -> Curation:
         if done == total:
             context.display.line(f"{step}: {done} shards")
 
-    curated = curate.curate(places, store, settings(context.section), runner, progress)
+    curation, measured = settings(context.section)
+    if curation.benchmarks is None:
+        context.display.line("no decontamination.folder is named: documents are compared with no benchmark")
+    curated = curate.curate(places, store, curation, runner, progress)
+    if measured and curation.quality is not None:
+        curated.stages["score"]["held_out"] = measured
+        files.write_bytes(context.folder / "scorer.npz", curation.quality.scorer.encoded())
     files.write_json(context.folder / "curation.json", curated.stages)
     files.write_text(context.folder / "report.html", page.build(curated.stages))
     return Curation(curated.sources(store), summary(curated.stages))
 
 
-def settings(section: Mapping[str, Any]) -> curate.Curation:
-    """The stages as the section has them; None leaves one out."""
+def settings(section: Mapping[str, Any]) -> tuple[curate.Curation, dict[str, float]]:
+    """The stages as the section has them, None leaves one out; and how well a scorer does that was trained for them."""
     section, folder, decontamination = {**DEFAULTS, **section}, None, Decontamination()
     if section["decontamination"] is not None:
         values = dict(section["decontamination"])
-        if not (folder := values.pop("folder", None)):
-            raise UserError(
-                "is missing", where="prepare_data.decontamination.folder", remedy="name one of benchmark files"
-            )
+        folder = values.pop("folder", None)
         decontamination = _of(Decontamination, values, "prepare_data.decontamination")
     clean, unique = section["cleaning"], section["deduplication"]
-    return curate.Curation(
+    scores, measured = _quality(section["quality"])
+    curation = curate.Curation(
         options=_of(reading.Options, section["reading"], "prepare_data.reading"),
         cleaner=None if clean is None else cleaning.Cleaner.from_config(clean),
         deduplication=None if unique is None else _of(Deduplication, unique, "prepare_data.deduplication"),
         benchmarks=None if folder is None else Path(folder),
         decontamination=decontamination,
+        quality=scores,
     )
+    return curation, measured
+
+
+def _quality(section: Mapping[str, Any] | None) -> tuple[curate.Quality | None, dict[str, float]]:
+    """A scorer that was saved, or one that is trained from labels."""
+    if section is None:
+        return None, {}
+    fields.check(fields.of_class(sections.Quality), section, "prepare_data.quality")
+    values = sections.Quality(**section)
+    if values.scorer is not None and values.labels is not None:
+        raise UserError("names a scorer and labels", where="prepare_data.quality", remedy="name one of the two files")
+    if values.scorer is None and values.labels is None:
+        return None, {}
+    if values.labels is not None:
+        scorer, measured = quality.fit(quality.read(Path(values.labels)))
+    else:
+        scorer, measured = quality.Scorer.decoded(_bytes(Path(str(values.scorer)))), {}
+    return curate.Quality(scorer, values.drop, values.of), measured
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot be read ({error})", where=f"prepare_data.quality.scorer: {path}") from error
 
 
 def _of(cls: Any, values: Mapping[str, Any], where: str) -> Any:
@@ -90,6 +122,8 @@ def summary(stages: Mapping[str, Any]) -> dict[str, int]:
         found["documents_unique"] = stages["deduplicate"]["dropped"]["kept"][0]
     if "decontaminate" in stages:
         found["documents_uncontaminated"] = stages["decontaminate"]["dropped"]["kept"][0]
+    if "filter" in stages:
+        found["documents_good"] = _kept(stages["filter"], "out")
     return found
 
 

@@ -202,6 +202,16 @@ class Engine:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality:
+    """prepare_data.quality: what scores documents, and what becomes of low scores."""
+
+    scorer: str | None = None
+    labels: str | None = None
+    drop: NotNegative = 0.1
+    of: str = "good"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PrepareData(Drawing):
     """prepare_data, but for the arguments of `data.prepare`."""
 
@@ -212,6 +222,7 @@ class PrepareData(Drawing):
     cleaning: Mapping[str, Any] | None = None
     deduplication: Mapping[str, Any] | None = None
     decontamination: Mapping[str, Any] | None = None
+    quality: Mapping[str, Any] | None = None
     engine: Engine | None = None
 
 

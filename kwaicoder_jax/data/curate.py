@@ -1,4 +1,4 @@
-"""From places to the documents that are worth training on: read, clean, deduplicate, decontaminate.
+"""From places to the documents that are worth training on: read, clean, score, deduplicate, decontaminate, filter.
 
     store = Store("runs/store")
     places = [reading.from_config("code", {"kind": "archives", "path": "sdists"})]
@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kwaicoder_jax.data import reading
 from kwaicoder_jax.data.cleaning import Cleaner
 from kwaicoder_jax.data.decontamination import Settings as Decontamination
@@ -27,7 +29,9 @@ from kwaicoder_jax.data.engine.apply import Apply
 from kwaicoder_jax.data.engine.runners import InProcess, Progress, Runner, run
 from kwaicoder_jax.data.engine.steps import Task
 from kwaicoder_jax.data.engine.store import Result, Store
+from kwaicoder_jax.data.quality import Scorer, steps
 from kwaicoder_jax.data.sources import Source
+from kwaicoder_jax.errors import UserError
 
 _EXCERPT = 1000  # characters
 
@@ -42,6 +46,7 @@ class Curation:
       deduplication: None keeps duplicates.
       benchmarks: a folder whose texts no document may contain; None asks for nothing.
       decontamination: how these are sought.
+      quality: a scorer, and which share of its lowest scores goes; None asks for nothing.
     """
 
     options: reading.Options = dataclasses.field(default_factory=reading.Options)
@@ -49,6 +54,32 @@ class Curation:
     deduplication: Deduplication | None = dataclasses.field(default_factory=Deduplication)
     benchmarks: Path | None = None
     decontamination: Decontamination = dataclasses.field(default_factory=Decontamination)
+    quality: "Quality | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """What a scorer is used for: of duplicates the one with the highest score stays, and low scores go.
+
+    Attributes:
+      scorer: trained, see `quality`.
+      drop: share of each language's documents that goes, those with the lowest scores.
+      of: the class whose probability is the score.
+    """
+
+    scorer: Scorer
+    drop: float = 0.1
+    of: str = "good"
+
+    def __post_init__(self) -> None:
+        if self.of not in self.scorer.classes:
+            raise UserError(
+                f"{self.of!r} is no class", where="prepare_data.quality.of", remedy=f"{self.scorer.classes}"
+            )
+        if not 0 <= self.drop < 1:
+            raise UserError(
+                f"{self.drop} is no share", where="prepare_data.quality.drop", remedy="use 0 or more, below 1"
+            )
 
 
 class Curated(NamedTuple):
@@ -123,6 +154,8 @@ def curate(
     if curation.cleaner is not None:
         clean = Apply(curation.cleaner, "clean")
         shards, stages["clean"] = _of(run(store, [Task(clean, (shard,)) for shard in shards], runner, progress))
+    if curation.quality is not None:
+        shards, stages["score"] = _scored(store, shards, curation.quality, runner, progress)
     if curation.deduplication is not None:
         unique = deduplicate(store, shards, curation.deduplication, runner, progress)
         stages["deduplicate"] = _shown(store, shards, unique.facts) | _summed(unique.dropped)
@@ -131,7 +164,27 @@ def curate(
         clear = decontaminate(store, shards, curation.benchmarks, curation.decontamination, runner, progress)
         stages["decontaminate"] = _shown(store, shards, clear.facts) | _summed(clear.dropped)
         shards = clear.shards
+    if curation.quality is not None and curation.quality.drop:
+        lowest = steps.thresholds(steps.added([stages["score"]["histograms"]]), curation.quality.drop)
+        judge = Apply(steps.AtLeast("quality", lowest), "filter")
+        shards, stages["filter"] = _of(run(store, [Task(judge, (shard,)) for shard in shards], runner, progress))
+        stages["filter"]["thresholds"] = lowest
     return Curated(shards, [unit.place.name for unit in units], stages)
+
+
+def _scored(
+    store: Store, shards: Sequence[str], quality: Quality, runner: Runner, progress: Progress | None
+) -> tuple[list[str], dict[str, Any]]:
+    scorer = store.add(quality.scorer.encoded())
+    tasks = [Task(steps.Score(of=quality.of), (shard, scorer)) for shard in shards]
+    results = run(store, tasks, runner, progress)
+    found, facts = _of(results)
+    histograms = steps.added(each.facts["histograms"] for each in results)
+    sparse = {
+        language: {str(place): int(bins[place]) for place in np.flatnonzero(bins)}
+        for language, bins in histograms.items()
+    }
+    return found, facts | {"histograms": dict(sorted(sparse.items()))}
 
 
 def _of(results: Sequence[Result]) -> tuple[list[str], dict[str, Any]]:

@@ -67,6 +67,10 @@ def test_a_corpus_of_a_folder(tmp_path, code, benchmarks):
         ("--config.prepare_data.engine.kind=ray", "'ray' is no engine"),
         ("--config.prepare_data.engine.workers=-1", "prepare_data.engine.workers"),
         ("--config.prepare_data.deduplication.threshold=high", "threshold"),
+        (
+            "--config.prepare_data.quality.labels=nowhere.jsonl",
+            "prepare_data.quality.labels: nowhere.jsonl: cannot be read",
+        ),
         ("--config.prepare_data.places.code.path=nowhere", "nowhere: does not exist"),
     ],
 )

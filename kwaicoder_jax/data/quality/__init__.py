@@ -2,6 +2,7 @@
 
 from kwaicoder_jax.data.quality.calibration import calibrated, measures
 from kwaicoder_jax.data.quality.features import Features, features
+from kwaicoder_jax.data.quality.labels import Labelled, fit, read
 from kwaicoder_jax.data.quality.scorer import Scorer, train
 
-__all__ = ["Features", "Scorer", "calibrated", "features", "measures", "train"]
+__all__ = ["Features", "Labelled", "Scorer", "calibrated", "features", "fit", "measures", "read", "train"]

@@ -22,7 +22,8 @@ _DECILES = 10
 class Score:
     """Documents with a score: the probability of a class. Inputs are a shard and a scorer.
 
-    Facts: those of a `Tally` ("decile N", the N-th tenth of scores from 0 to 1, with examples), and "histograms" by language.
+    Facts: those of a `Tally` ("out", and "decile N", the N-th tenth of scores from 0 to 1, with examples), and "histograms"
+    by language.
 
     Attributes:
       score: its name among a document's.
@@ -43,6 +44,7 @@ class Score:
             for documents in _batches(shards.read(store.path(inputs[0]))):
                 values = scorer.probabilities([document.text.encode() for document in documents])[:, place]
                 for document, value in zip(documents, values.tolist(), strict=True):
+                    tally.add("out", document)
                     tally.add(f"decile {min(int(value * _DECILES), _DECILES - 1)}", document, example=True)
                     bins = histograms.setdefault(document.language, {})
                     bins[bin_of(value)] = bins.get(bin_of(value), 0) + 1

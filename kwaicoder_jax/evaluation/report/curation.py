@@ -8,15 +8,16 @@ from typing import Any
 
 from kwaicoder_jax.data.engine.tally import totals
 from kwaicoder_jax.evaluation.report import quantities as q
-from kwaicoder_jax.evaluation.report.markup import Html, element, join, section, table
+from kwaicoder_jax.evaluation.report.markup import Html, element, figure, join, key, section, table
 from kwaicoder_jax.evaluation.report.style import STYLE
+from kwaicoder_jax.evaluation.report.svg import Plot, padded
 
 _STAGES = {
-    "read": "read",
-    "clean": "cleaned",
-    "deduplicate": "without duplicates",
-    "decontaminate": "without benchmarks",
-}
+    "read": "read", "clean": "cleaned", "score": "scored", "deduplicate": "without duplicates",
+    "decontaminate": "without benchmarks", "filter": "with a score that is high enough",
+}  # fmt: skip
+_DRAWN = 4  # languages whose scores are drawn
+_STEPS = 50  # of a curve of scores
 
 
 def build(stages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -29,6 +30,7 @@ def build(stages: Mapping[str, Mapping[str, Any]]) -> str:
             section("rules", "What rules dropped", _rules(stages)),
             section("done", "What was done to texts", _done(stages)),
             section("skipped", "What was not read", _skipped(stages)),
+            section("scores", "Scores", _scores(stages)),
             section("duplicates", "Duplicates", _duplicates(stages)),
             section("benchmarks", "Benchmarks", _benchmarks(stages)),
             section("examples", "Examples", _examples(stages)),
@@ -108,6 +110,44 @@ def _skipped(stages: Mapping[str, Mapping[str, Any]]) -> Html:
     return table(["reason", *by_place], rows) if rows else Html("")
 
 
+def _scores(stages: Mapping[str, Mapping[str, Any]]) -> Html:
+    facts = stages.get("score")
+    if facts is None:
+        return Html("")
+    parts: list[object] = []
+    if "held_out" in facts:
+        held = facts["held_out"]
+        words = f"Trained on {held['texts'] - held['held_out']:.0f} labelled texts. Of {held['held_out']:.0f} others"
+        words += (
+            f" {q.percent(held['accuracy'])} are judged as labelled; calibration error {held['calibration_error']:.3f}"
+        )
+        words += f", area under the ROC curve {held['auc']:.3f}." if "auc" in held else "."
+        parts.append(element("p", words))
+    counts = {name: sum(bins.values()) for name, bins in facts["histograms"].items()}
+    largest = sorted(counts, key=lambda name: -counts[name])[:_DRAWN]
+    legend = join([key(f"s{place}", name or "not known") for place, name in enumerate(largest)], " ")
+    parts.append(figure("Scores by language", _curves(facts["histograms"], largest), "", legend))
+    lowest = stages.get("filter", {}).get("thresholds", {})
+    rows = [[name or "not known", q.whole(counts[name]), f"{lowest.get(name, 0.0):.3f}"] for name in largest]
+    parts.append(table(["language", "documents", "lowest score that stays"], rows))
+    return join([*parts, *_kinds(facts["examples"])])
+
+
+def _curves(histograms: Mapping[str, Mapping[str, int]], names: Sequence[str]) -> Html:
+    """The share of each language's documents in each fiftieth of scores."""
+    curves = []
+    for name in names:
+        shares = [0.0] * _STEPS
+        for score, count in histograms[name].items():
+            shares[int(score) * _STEPS // 1000] += count / sum(histograms[name].values())
+        curves.append([((step + 0.5) / _STEPS, share) for step, share in enumerate(shares)])
+    drawing = Plot(960, 260, (0.0, 1.0), padded([0.0, *(share for curve in curves for _, share in curve)]))
+    drawing.axes("score", "share of documents")
+    for place, curve in enumerate(curves):
+        drawing.line(curve, f"s{place}")
+    return drawing.render("Scores by language")
+
+
 def _duplicates(stages: Mapping[str, Mapping[str, Any]]) -> Html:
     facts = stages.get("deduplicate")
     if facts is None or not facts.get("clusters"):
@@ -158,7 +198,7 @@ def _examples(stages: Mapping[str, Mapping[str, Any]]) -> Html:
 
 def _kinds(examples: Mapping[str, Sequence[Sequence[str]]]) -> Iterator[Html]:
     for kind in sorted(examples, key=lambda name: (name != "out", name)):
-        title = "kept" if kind == "out" else kind.replace("rule ", "dropped by ")
+        title = "kept" if kind == "out" else kind.replace("rule ", "dropped by ").replace("decile ", "scores from 0.")
         inside = [
             element("details", element("summary", f"{source}: {name} ({language or 'not known'})"), element("pre", text))
             for _, source, name, language, text in examples[kind]

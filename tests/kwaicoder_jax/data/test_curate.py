@@ -1,17 +1,20 @@
 """From places to documents, end to end on a small tree of real and made files; golden counts, and nothing done twice."""
 
+import functools
 import json
 import shutil
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kwaicoder_jax.data import curate, reading
-from kwaicoder_jax.data.curate import Curation
+from kwaicoder_jax.data.curate import Curation, Quality
 from kwaicoder_jax.data.engine import tally
 from kwaicoder_jax.data.engine.runners import Beam, InProcess, Processes
 from kwaicoder_jax.data.engine.store import Store
+from kwaicoder_jax.data.quality import steps, train
 from kwaicoder_jax.errors import UserError
 from kwaicoder_jax.evaluation.report import curation as page
 
@@ -131,6 +134,30 @@ def test_stages_can_be_left_out(tmp_path, places):
     assert list(found.stages) == ["read"]
     names = {document.identifier.split("/")[-1] for document in found.documents(store)}
     assert {"made.py", "same.py", "heapq.py"} <= names
+
+
+def test_low_scores_go_and_of_duplicates_the_best_stays(tmp_path, places, monkeypatch):
+    monkeypatch.setattr(steps, "thresholds", functools.partial(steps.thresholds, least=1))
+    texts = [path.read_bytes() for path in sorted((places / "code").rglob("*.py"))] * 3
+    likes_csv = np.array([(1.0, 0.0) if b"Dialect" in text and b"csv" in text else (0.0, 1.0) for text in texts])
+    scorer = train(texts, likes_csv, ("bad", "good"), buckets=2**12, epochs=20)
+    store = Store(tmp_path)
+    found = curated(places, store, quality=Quality(scorer, drop=0.2))
+    assert list(found.stages) == ["read", "clean", "score", "deduplicate", "filter"]
+    documents = list(found.documents(store))
+    assert all(0 <= document.scores["quality"] <= 1 for document in documents)
+    names = {document.identifier.split("/")[-1] for document in documents}
+    assert not {"csv.py", "near.py"} & names
+    assert found.stages["filter"]["thresholds"]["python"] > 0
+    counts = tally.totals(found.stages["filter"]["counts"])[""]
+    assert counts["rule low_quality"][0] == counts["in"][0] - len(documents) >= 1
+    text = page.build(json.loads(json.dumps(found.stages)))
+    assert "lowest score that stays" in text
+    assert "scores from 0.9" in text
+    with pytest.raises(UserError, match="'fine' is no class"):
+        Quality(scorer, of="fine")
+    with pytest.raises(UserError, match="is no share"):
+        Quality(scorer, drop=1.0)
 
 
 def test_a_place_that_is_not_there(tmp_path):
