@@ -69,6 +69,8 @@ def settings(section: Mapping[str, Any]) -> tuple[curate.Curation, dict[str, flo
     if section["decontamination"] is not None:
         values = dict(section["decontamination"])
         folder = values.pop("folder", None)
+        if folder is not None and not Path(folder).is_dir():  # known before hours of reading
+            raise UserError("is not a folder", where=f"prepare_data.decontamination.folder: {folder}")
         decontamination = _of(Decontamination, values, "prepare_data.decontamination")
     clean, unique = section["cleaning"], section["deduplication"]
     scores, measured = _quality(section["quality"])
@@ -109,8 +111,14 @@ def _bytes(path: Path) -> bytes:
 
 def _of(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     """A dataclass of a section's values, lists as tuples; UserError for a field that it has not, or of another type."""
-    fields.check(fields.of_class(cls), values, where)
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    known = fields.of_class(cls)
+    kinds = {name: frozenset if "frozenset" in str(field.hint) else tuple for name, field in known.items()}
+    values = {
+        name: kinds.get(name, tuple)(value) if isinstance(value, list | tuple) else value
+        for name, value in values.items()
+    }
+    fields.check(known, values, where)
+    return cls(**values)
 
 
 def summary(stages: Mapping[str, Any]) -> dict[str, int]:

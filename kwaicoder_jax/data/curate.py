@@ -119,6 +119,8 @@ class Shards(Source):
       shards: objects of documents.
     """
 
+    section = "places"
+
     store: Store
     shards: tuple[str, ...]
     max_bytes: int = 2**63 - 1
@@ -148,6 +150,9 @@ def curate(
     """
     runner = runner or InProcess()
     units = [unit for place in places for unit in place.units()]
+    if not units:
+        where = f"prepare_data.places: {', '.join(place.name for place in places)}"
+        raise UserError("there is nothing to read", where=where, remedy="see what their paths hold")
     tasks = [Task(Read(unit, curation.options), (unit.fingerprint(),), unit.identifier) for unit in units]
     shards, facts = _of(run(store, tasks, runner, progress))
     stages = {"read": facts}

@@ -165,12 +165,9 @@ def _collect(
             what = (
                 f"gave no {split} document ({documents} read, {kept} kept, left out: {dict(sorted(dropped.items()))})"
             )
-            remedy = (
-                "raise its max_bytes or prepare_data.valid_fraction"
-                if kept
-                else "raise its max_bytes or see what it holds"
-            )
-            raise UserError(what, where=f"prepare_data.sources.{name}", remedy=remedy)
+            more = "raise its max_bytes" if source.section == "sources" else "let its stages keep more (report.html)"
+            remedy = f"{more} or {'raise prepare_data.valid_fraction' if kept else 'see what it holds'}"
+            raise UserError(what, where=f"prepare_data.{source.section}.{name}", remedy=remedy)
     return {
         "kind": next((kind for kind, cls in KINDS.items() if type(source) is cls), type(source).__name__),
         "documents_in": documents,

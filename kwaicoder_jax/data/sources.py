@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kwaicoder_jax.data.documents import Document
 from kwaicoder_jax.errors import UserError
@@ -28,6 +28,8 @@ class Source(abc.ABC):
       max_bytes: UTF-8 bytes of text to take at most.
       max_document_bytes: longer documents are skipped.
     """
+
+    section: ClassVar[str] = "sources"  # of prepare_data, that it is from
 
     max_bytes: int
     max_document_bytes: int = 100_000

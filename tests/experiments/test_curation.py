@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments import curation
 from kwaicoder_jax import data
 from tests.experiments import commands
 
@@ -71,6 +72,15 @@ def test_a_corpus_of_a_folder(tmp_path, code, benchmarks):
             "--config.prepare_data.quality.labels=nowhere.jsonl",
             "prepare_data.quality.labels: nowhere.jsonl: cannot be read",
         ),
+        (
+            "--config.prepare_data.deduplication.permutations=0",
+            "prepare_data.deduplication.permutations: 0 is out of range",
+        ),
+        (
+            "--config.prepare_data.decontamination.folder=nowhere",
+            "prepare_data.decontamination.folder: nowhere: is not a folder",
+        ),
+        ("--config.prepare_data.places.code.path=configs/curate.py", "configs/curate.py: is not a folder"),
         ("--config.prepare_data.places.code.path=nowhere", "nowhere: does not exist"),
     ],
 )
@@ -79,3 +89,9 @@ def test_what_is_refused(tmp_path, code, benchmarks, more, words):
     assert output.startswith("error: ")
     assert output.count("\n") == 1, output
     assert words in output
+
+
+def test_lists_of_a_config_become_what_the_settings_have():
+    found, _ = curation.settings({"reading": {"licences": ["MIT"], "languages": ["python"]}})
+    assert found.options.licences == frozenset({"MIT"})
+    assert found.options.languages == ("python",)

@@ -56,10 +56,12 @@ def build(folder: Path, width: int, shortest: int, allowed: Sequence[str] = ()) 
     """
     if not 1 < shortest <= width:
         what = f"width {width} and shortest {shortest}"
-        raise UserError(what, where="prepare_data.decontaminate", remedy="use 1 < shortest <= width")
+        raise UserError(what, where="prepare_data.decontamination", remedy="use 1 < shortest <= width")
+    if not folder.is_dir():
+        raise UserError("is not a folder", where=f"prepare_data.decontamination.folder: {folder}")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name.endswith(_FILES)]
     if not files:
-        raise UserError("has no benchmark", where=f"prepare_data.decontaminate.folder: {folder}", remedy=f"{_FILES}")
+        raise UserError("has no benchmark", where=f"prepare_data.decontamination.folder: {folder}", remedy=f"{_FILES}")
     tasks: list[str] = []
     parts: list[np.ndarray] = []
     widths: set[int] = set()
@@ -74,7 +76,7 @@ def build(folder: Path, width: int, shortest: int, allowed: Sequence[str] = ()) 
     entries = np.concatenate([np.zeros(0, ENTRIES), *parts])
     entries = entries[~np.isin(entries["hash"], free)]
     if not len(entries):
-        raise UserError(f"has no text of {shortest} words", where=f"prepare_data.decontaminate.folder: {folder}")
+        raise UserError(f"has no text of {shortest} words", where=f"prepare_data.decontamination.folder: {folder}")
     _, first = np.unique(entries["hash"], return_index=True)  # sorted, and the first of equals
     return Index(entries[first], tasks, sorted(widths))
 

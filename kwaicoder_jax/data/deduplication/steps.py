@@ -22,6 +22,7 @@ from kwaicoder_jax.data.deduplication import minhash, selection
 from kwaicoder_jax.data.documents import Document
 from kwaicoder_jax.data.engine import shards
 from kwaicoder_jax.data.engine.store import Result, Store
+from kwaicoder_jax.errors import UserError
 
 TABLE = np.dtype([("id", "<u8"), ("exact", "<u8"), ("score", "<f8"), ("bytes", "<u4"), ("shingles", "<u4")])
 KEYS = np.dtype([("key", "<u8"), ("id", "<u8"), ("row", "<u4")])
@@ -49,6 +50,12 @@ class Settings:
     width: int = 5
     best_by: str = "quality"
     near: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("threshold", 0.05, 1.0), ("permutations", 2, 4096), ("width", 1, 64)):
+            if not least <= (value := getattr(self, name)) <= most:
+                where = f"prepare_data.deduplication.{name}"
+                raise UserError(f"{value} is out of range", where=where, remedy=f"use {least} to {most}")
 
 
 def identifier(document: Document) -> int:

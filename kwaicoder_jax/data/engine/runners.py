@@ -135,8 +135,13 @@ class Beam:
         left = [task for task in tasks if store.find(task.action) is None]
         failures = _Failures(store)
         if left:
-            options = beam.options.pipeline_options.PipelineOptions(list(self.options))
-            with beam.Pipeline(options=options) as pipeline:
+            try:
+                options = beam.options.pipeline_options.PipelineOptions(list(self.options))
+                made = beam.Pipeline(options=options)
+            except ValueError as error:
+                what = f"Apache Beam refuses {list(self.options)} ({str(error).splitlines()[0]})"
+                raise UserError(what, where="prepare_data.engine.options") from error
+            with made as pipeline:
                 _ = (
                     pipeline
                     | beam.Create(left)

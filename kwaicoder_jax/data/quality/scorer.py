@@ -62,7 +62,8 @@ class Scorer:
             with np.load(io.BytesIO(content), allow_pickle=False) as found:
                 return cls(found["weight"], found["bias"], tuple(map(str, found["classes"])))
         except (ValueError, KeyError, OSError, EOFError) as error:
-            raise UserError(f"is not a scorer ({error})", where="prepare_data.quality", remedy="train one") from error
+            remedy = "name the scorer.npz of an earlier run, or labels to train one"
+            raise UserError("is not a scorer", where="prepare_data.quality.scorer", remedy=remedy) from error
 
 
 def _scale(found: Features) -> np.ndarray:

@@ -52,9 +52,11 @@ class Place(abc.ABC):
 
     def root(self) -> Path:
         """The folder that names are below. Raises UserError where there is none."""
-        path = Path(self.path)
-        if not path.exists():
-            raise UserError("does not exist", where=str(path), remedy=f"set prepare_data.places.{self.name}.path")
+        path, remedy = Path(self.path), f"set prepare_data.places.{self.name}.path"
+        if not self.path or not path.exists():
+            raise UserError("does not exist", where=self.path or "an empty path", remedy=remedy)
+        if not path.is_dir() and not isinstance(self, Files):
+            raise UserError("is not a folder", where=self.path, remedy=remedy)
         return path if path.is_dir() else path.parent
 
     def settings(self) -> Iterator[str]:

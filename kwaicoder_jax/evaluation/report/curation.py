@@ -55,7 +55,7 @@ def _flow(stages: Mapping[str, Mapping[str, Any]]) -> Html:
         share = "" if before is None or not before[1] else q.percent(size / before[1])
         rows.append([_STAGES[name], q.whole(documents), q.storage(size), share])
         before = (documents, size)
-    return table(["stage", "documents", "text", "of the stage before"], rows)
+    return table(["stage", "documents", "text", "share of the text before"], rows)
 
 
 def _groups(stages: Mapping[str, Mapping[str, Any]]) -> Html:
@@ -68,7 +68,11 @@ def _groups(stages: Mapping[str, Mapping[str, Any]]) -> Html:
             [name or "not known", *_sizes(kinds.get("in", [0, 0])), *_sizes(kinds.get("out", [0, 0])), _share(kinds)]
             for name, kinds in sorted(totals(clean["counts"], by=by).items(), key=lambda item: -item[1]["in"][1])
         ]
-        found.append(table([title, "documents", "text", "documents kept", "text kept", "share of text kept"], rows))
+        found.append(
+            table(
+                [title, "documents", "text", "documents after cleaning", "text after cleaning", "share of text"], rows
+            )
+        )
     return join(found)
 
 
@@ -176,7 +180,7 @@ def _benchmarks(stages: Mapping[str, Mapping[str, Any]]) -> Html:
         return Html("")
     words = (
         f"{q.whole(facts['dropped'].get('hit', [0, 0])[0])} documents go that have text of a benchmark; "
-        f"{q.whole(facts['generic'])} runs of words are in too many to count."
+        f"{q.whole(facts['generic'])} of their runs of words are generic: too many documents have them to count."
     )
     counts = table(["benchmark", "documents"], [[name, q.whole(n)] for name, n in facts["benchmarks"].items()])
     tasks = table(["task", "documents"], [[name, q.whole(n)] for name, n in list(facts["tasks"].items())[:20]])
@@ -192,8 +196,9 @@ def _benchmarks(stages: Mapping[str, Mapping[str, Any]]) -> Html:
 
 
 def _examples(stages: Mapping[str, Mapping[str, Any]]) -> Html:
-    examples = stages.get("clean", stages["read"])["examples"]
-    return join(_kinds(examples))
+    examples = dict(stages.get("clean", stages["read"])["examples"])
+    low = {kind: some for kind, some in stages.get("filter", {}).get("examples", {}).items() if kind != "out"}
+    return join(_kinds(examples | low))
 
 
 def _kinds(examples: Mapping[str, Sequence[Sequence[str]]]) -> Iterator[Html]:

@@ -160,6 +160,12 @@ def test_low_scores_go_and_of_duplicates_the_best_stays(tmp_path, places, monkey
         Quality(scorer, drop=1.0)
 
 
+def test_nothing_to_read(tmp_path):
+    place = reading.from_config("code", {"kind": "git", "path": str(tmp_path)})
+    with pytest.raises(UserError, match=r"prepare_data.places: code: there is nothing to read"):
+        curate.curate([place], Store(tmp_path / "store"), Curation())
+
+
 def test_a_place_that_is_not_there(tmp_path):
     place = reading.from_config("code", {"kind": "folder", "path": str(tmp_path / "nowhere")})
     with pytest.raises(UserError, match="does not exist"):

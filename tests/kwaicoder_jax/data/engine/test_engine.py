@@ -175,6 +175,11 @@ def test_names_of_engines():
             chosen(name, workers)
 
 
+def test_options_that_beam_refuses(tmp_path):
+    with pytest.raises(UserError, match=r"prepare_data.engine.options: Apache Beam refuses"):
+        run(Store(tmp_path), tasks(Store(tmp_path)), Beam(("--runner=Nope",)))
+
+
 def test_without_beam_the_remedy_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "apache_beam", None)
     with pytest.raises(UserError, match="Apache Beam is not installed; pip install apache-beam"):
