@@ -34,6 +34,7 @@ def get_config() -> ConfigDict:
             "of": "good",
         },
         "engine": {"kind": "local", "workers": 2, "options": ()},
+        "store": config_dict.placeholder(str),  # a folder that all workers see; WORKDIR/store unless given
         "vocab_size": 16_384,
         "valid_fraction": 0.005,
         "seed": config_dict.placeholder(int),

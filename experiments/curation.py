@@ -20,7 +20,7 @@ DEFAULTS: Mapping[str, Any] = {
     "reading": {}, "cleaning": {}, "deduplication": {}, "decontamination": None, "quality": None
 }  # fmt: skip
 ENGINE: Mapping[str, Any] = {"kind": "local", "workers": 0, "options": ()}
-NAMES = ("places", *DEFAULTS, "engine")
+NAMES = ("places", *DEFAULTS, "engine", "store")
 
 
 class Curation(NamedTuple):
@@ -36,7 +36,10 @@ class Curation(NamedTuple):
 
 
 def run(context: Context) -> Curation:
-    """Curates the section's places; writes curation.json, report.html and a trained scorer into the stage's folder."""
+    """Curates the section's places; writes curation.json, report.html and a trained scorer into the stage's folder.
+
+    The store stands beside the stage's folder, which a bad field or --restart removes: hours of work are not in it.
+    """
     named = context.section.get("places") or {}
     if not named:
         return Curation({}, {})
@@ -45,7 +48,7 @@ def run(context: Context) -> Curation:
         raise UserError("is a source as well", where=f"prepare_data.places.{twice[0]}", remedy="give it another name")
     engine = {**ENGINE, **(context.section.get("engine") or {})}
     runner = runners.chosen(engine["kind"], engine["workers"], engine["options"])
-    store = Store(Path(str(context.folder)) / "store")
+    store = Store(Path(context.section.get("store") or str(context.workdir / "store")))
 
     def progress(step: str, done: int, total: int) -> None:
         if done == total:

@@ -60,7 +60,7 @@ def other_files(context: Context) -> dict[str, str]:
 FIELDS = fields.of_function(data.prepare, ("sources", "target", "seed", "given", "progress"))
 STAGE = Stage(
     "prepare_data", run, inputs=inputs, other_files=other_files,
-    fields=FIELDS | fields.of_class(sections.PrepareData), places=("tokenizer", "engine"),
+    fields=FIELDS | fields.of_class(sections.PrepareData), places=("tokenizer", "engine", "store"),
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -224,6 +224,7 @@ class PrepareData(Drawing):
     decontamination: Mapping[str, Any] | None = None
     quality: Mapping[str, Any] | None = None
     engine: Engine | None = None
+    store: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -236,7 +236,6 @@ class Read:
     unit: reading.Unit = dataclasses.field(metadata={"place": True})
     options: reading.Options = dataclasses.field(default_factory=reading.Options)
     name: str = "read"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step; facts are those of a `Tally`: "out", and "skipped REASON"."""

@@ -61,6 +61,23 @@ def test_a_corpus_of_a_folder(tmp_path, code, benchmarks):
     assert (folder / "summary.json").read_bytes() == before
 
 
+def test_what_was_read_is_not_lost_with_a_refused_field_and_not_done_again_after_a_restart(tmp_path, code, benchmarks):
+    fraction = "--config.prepare_data.valid_fraction="
+    given = [each for each in arguments(code, benchmarks) if not each.startswith(fraction)]
+    output = commands.run("prepare_data", tmp_path, *given, f"{fraction}0.000001", status=2, config=CONFIG)
+    assert "error: prepare_data.places.code: gave no valid document" in output
+    assert "prepare_data.valid_fraction" in output
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*") if path.is_file()}
+
+    before = written()
+    assert len(before) > 10
+    commands.run("prepare_data", tmp_path, *given, f"{fraction}0.2", config=CONFIG)
+    commands.run("prepare_data", tmp_path, *given, f"{fraction}0.3", "--restart", config=CONFIG)
+    assert written() == before
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

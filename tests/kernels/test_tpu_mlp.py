@@ -118,7 +118,10 @@ def test_any_routing(experts):
     check(np.array(experts, np.int32).reshape(-1, 1), 4, 256, 256, jnp.bfloat16, TWO_CORES)
 
 
-def test_what_is_wrong_in_one_expert_stays_there():
+@pytest.mark.parametrize(
+    "chip", [ONE_CORE, pytest.param(TWO_CORES, marks=pytest.mark.slow)], ids=["one core", "two cores"]
+)
+def test_what_is_wrong_in_one_expert_stays_there(chip):
     """A matrix of NaN: tokens of other experts, and the other experts' gradients, are as without."""
     expert_MX = (np.arange(48, dtype=np.int32) % 3).reshape(-1, 1)
     arguments, dy_MD = drawn(expert_MX, 3, 256, 128, jnp.bfloat16)
@@ -126,7 +129,7 @@ def test_what_is_wrong_in_one_expert_stays_there():
     poisoned = arguments._replace(
         gate_EDF=arguments.gate_EDF.at[1].set(jnp.nan), up_EDF=arguments.up_EDF.at[1].set(jnp.inf)
     )
-    clean, other = (interpreted(each, order, dy_MD, chip=ONE_CORE) for each in (arguments, poisoned))
+    clean, other = (interpreted(each, order, dy_MD, chip=chip) for each in (arguments, poisoned))
     tokens, experts = np.flatnonzero(expert_MX[:, 0] != 1), [0, 2]
     for number, kept in enumerate((tokens, tokens, tokens, experts, experts, experts)):
         have, want = (np.asarray(run[number].astype(jnp.float32))[kept] for run in (other, clean))

@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from kwaicoder_jax.data.decontamination.index import Finder, Index, build
-from kwaicoder_jax.data.documents import Document
 from kwaicoder_jax.data.engine import shards as stored
 from kwaicoder_jax.data.engine.runners import Progress, Runner, run
 from kwaicoder_jax.data.engine.steps import Task
@@ -18,7 +17,6 @@ from kwaicoder_jax.data.engine.store import Result, Store
 __all__ = ["Decontaminated", "Finder", "Index", "Settings", "build", "decontaminate"]
 
 MATCHES = np.dtype([("row", "<u4"), ("hash", "<u8")])
-_BATCH = 2**21  # bytes of text that are searched together
 _EXAMPLES = 20
 
 
@@ -119,32 +117,18 @@ class Match:
 
     widths: tuple[int, ...]
     name: str = "match"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step."""
         finder = Finder(stored.read_array(store, inputs[1])["hash"], self.widths)
         parts, first = [np.zeros(0, MATCHES)], 0
-        for texts in _batches(stored.read(store.path(inputs[0]))):
-            row, hashes = finder.find(texts)
+        for documents in stored.batches(stored.read(store.path(inputs[0]))):
+            row, hashes = finder.find([document.text.encode() for document in documents])
             matches = np.zeros(len(row), MATCHES)
             matches["row"], matches["hash"] = row + first, hashes
             parts.append(matches)
-            first += len(texts)
+            first += len(documents)
         return Result({"matches": stored.write_array(store, np.concatenate(parts))}, {"documents": first})
-
-
-def _batches(documents: Iterator[Document]) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
-    size = 0
-    for document in documents:
-        batch.append(document.text.encode())
-        size += len(batch[-1])
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,22 +136,10 @@ class Remove:
     """A shard without what was hit. Inputs are the shard, its matches, and the runs that count for nothing."""
 
     name: str = "remove"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step; "hits" are the matches that count, facts "kept" and "hit" [documents, bytes]."""
         matches = stored.read_array(store, inputs[1])
         matches = matches[~np.isin(matches["hash"], stored.read_array(store, inputs[2]))]
-        hits = set(matches["row"].tolist())
-        counts = {"kept": [0, 0], "hit": [0, 0]}
-
-        def kept() -> Iterator[Document]:
-            for row, document in enumerate(stored.read(store.path(inputs[0]))):
-                what = "hit" if row in hits else "kept"
-                counts[what][0] += 1
-                counts[what][1] += len(document.text.encode())
-                if row not in hits:
-                    yield document
-
-        shard = stored.write(store, kept())
-        return Result({"shard": shard, "hits": stored.write_array(store, matches)}, counts)
+        left = stored.without(store, inputs[0], dict.fromkeys(matches["row"].tolist(), "hit"), ("hit",))
+        return left._replace(outputs={**left.outputs, "hits": stored.write_array(store, matches)})

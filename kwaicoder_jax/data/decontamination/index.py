@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zstandard
 
-from kwaicoder_jax.data.deduplication.shingles import runs, tokens
+from kwaicoder_jax.data.shingles import runs, tokens
 from kwaicoder_jax.errors import UserError
 
 ENTRIES = np.dtype([("hash", "<u8"), ("task", "<u4")])

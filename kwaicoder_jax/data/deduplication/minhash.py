@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kwaicoder_jax.data.deduplication.shingles import mixed, shingles
+from kwaicoder_jax.data.shingles import mixed, shingles
 
 _SEED = 1
 _BATCH = 2**21  # bytes of text that are worked on together

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -28,7 +28,6 @@ TABLE = np.dtype([("id", "<u8"), ("exact", "<u8"), ("score", "<f8"), ("bytes", "
 KEYS = np.dtype([("key", "<u8"), ("id", "<u8"), ("row", "<u4")])
 DROPS = np.dtype([("row", "<u4"), ("near", "?")])
 
-_BATCH = 4096  # documents that are signed together
 _COMPARED = 2**16  # pairs whose signatures are compared at once
 _ROUNDS = 64  # of comparing, in a bucket whose members are not alike
 
@@ -73,13 +72,12 @@ class Sign:
 
     settings: Settings
     name: str = "sign"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step."""
         (shard,) = inputs
         tables, keys, signatures, first = [np.zeros(0, TABLE)], [np.zeros(0, KEYS)], [], 0
-        for documents in _batches(shards.read(store.path(shard))):
+        for documents in shards.batches(shards.read(store.path(shard))):
             table, signature_MP = self._signed(documents)
             tables.append(table)
             keys.append(self._keys(table, signature_MP, first))
@@ -123,17 +121,6 @@ class Sign:
         return keys
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == _BATCH:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 @dataclasses.dataclass(frozen=True)
 class Meet:
     """Pairs of documents that share a key of a range and whose signatures agree.
@@ -150,7 +137,6 @@ class Meet:
     part: int
     parts: int
     name: str = "meet"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step."""
@@ -219,7 +205,6 @@ class Choose:
 
     shards: int
     name: str = "choose"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step."""
@@ -243,20 +228,9 @@ class Drop:
     """A shard without some rows. Inputs are the shard and its drops."""
 
     name: str = "drop"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step."""
         drops = shards.read_array(store, inputs[1])
-        rows = dict(zip(drops["row"].tolist(), drops["near"].tolist(), strict=True))
-        counts = {"exact": [0, 0], "near": [0, 0], "kept": [0, 0]}
-
-        def kept() -> Iterator[Document]:
-            for row, document in enumerate(shards.read(store.path(inputs[0]))):
-                what = "kept" if row not in rows else "near" if rows[row] else "exact"
-                counts[what][0] += 1
-                counts[what][1] += len(document.text.encode())
-                if what == "kept":
-                    yield document
-
-        return Result({"shard": shards.write(store, kept())}, counts)
+        reasons = {int(row): "near" if near else "exact" for row, near in drops.tolist()}
+        return shards.without(store, inputs[0], reasons, ("exact", "near"))

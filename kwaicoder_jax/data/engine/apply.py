@@ -21,12 +21,10 @@ class Apply:
     Attributes:
       judge: a frozen dataclass that can be called, see `steps.settings_of`.
       name: of the step.
-      version: of the judge.
     """
 
     judge: Judge
     name: str
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step."""

@@ -37,6 +37,7 @@ def run(store: Store, tasks: Sequence[Task], runner: Runner, progress: Progress 
 
     Raises:
       UserError: one failed; the others were performed.
+      RuntimeError: one failed by a defect of its code, whose traceback this tells.
     """
     done: list[Done | None] = [None] * len(tasks)
     for count, (place, each) in enumerate(runner.perform(store, tasks), 1):
@@ -45,9 +46,11 @@ def run(store: Store, tasks: Sequence[Task], runner: Runner, progress: Progress 
             progress(tasks[place].step.name, count, len(tasks))
     results = [each.result for each in done if each is not None and each.result is not None]
     if len(results) < len(tasks):
-        errors = [each.error for each in done if each is not None and each.result is None]
+        failed = sorted((each for each in done if each and each.result is None), key=lambda each: not each.is_defect)
         where = f"{len(tasks) - len(results)} of {len(tasks)} tasks of {tasks[0].step.name} failed"
-        raise UserError(errors[0] if errors else "they were not performed", where=where)
+        if failed and failed[0].is_defect:
+            raise RuntimeError(f"{where}: {failed[0].error}")
+        raise UserError(failed[0].error if failed else "they were not performed", where=where)
     return results
 
 
@@ -78,7 +81,7 @@ class Processes:
         waiting = {}
         for place, task in enumerate(tasks):
             if (found := store.find(task.action)) is not None:
-                yield place, Done(found, was_there=True)
+                yield place, Done(found)
             else:
                 waiting[self._started().submit(perform, store, task)] = place
         try:
@@ -150,7 +153,7 @@ class Beam:
                 )
         for place, task in enumerate(tasks):
             result = store.find(task.action)
-            yield place, Done(None, failures.of(task)) if result is None else Done(result)
+            yield place, failures.of(task) if result is None else Done(result)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,12 +165,14 @@ class _Failures:
     def perform(self, task: Task) -> str:
         done = perform(self.store, task)
         if done.result is None:
-            self.store.record(f"failed-{task.action}", Result({}, {"error": done.error}))
+            self.store.record(f"failed-{task.action}", Result({}, {"error": done.error, "is_defect": done.is_defect}))
         return task.action
 
-    def of(self, task: Task) -> str:
+    def of(self, task: Task) -> Done:
         found = self.store.find(f"failed-{task.action}")
-        return found.facts["error"] if found else "was not performed"
+        return (
+            Done(None, **found.facts) if found else Done(None, "was not performed: do its workers run the same code?")
+        )
 
 
 def _beam() -> Any:

@@ -1,14 +1,14 @@
 """Documents between two steps: lines of JSON, compressed with zstd, and arrays."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import zstandard
 
 from kwaicoder_jax.data.documents import Document
-from kwaicoder_jax.data.engine.store import Store
+from kwaicoder_jax.data.engine.store import Result, Store
 from kwaicoder_jax.errors import UserError
 
 _LEVEL = 3
@@ -50,6 +50,42 @@ def lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"cannot be read ({error})", where=str(path), remedy=_REMEDY) from error
     if not decompressor.eof or rest:
         raise UserError("cannot be read (it is cut off)", where=str(path), remedy=_REMEDY)
+
+
+def batches(documents: Iterable[Document], most: int = 2**21) -> Iterator[list[Document]]:
+    """Yields documents together until they have so many characters: what is worked on at once is bounded."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document.text)
+        if size >= most:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def without(store: Store, shard: str, reasons: Mapping[int, str], names: Sequence[str]) -> Result:
+    """A shard without some rows; facts are [documents, bytes] that are "kept", and for each reason.
+
+    Args:
+      store: where the shard is.
+      shard: of documents.
+      reasons: of the rows that are left out.
+      names: of all reasons there are.
+    """
+    counts = {name: [0, 0] for name in ("kept", *names)}
+
+    def kept() -> Iterator[Document]:
+        for row, document in enumerate(read(store.path(shard))):
+            count = counts[reasons.get(row, "kept")]
+            count[0] += 1
+            count[1] += len(document.text.encode())
+            if row not in reasons:
+                yield document
+
+    return Result({"shard": write(store, kept())}, counts)
 
 
 def write_array(store: Store, array: np.ndarray) -> str:

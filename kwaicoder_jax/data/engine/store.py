@@ -86,7 +86,10 @@ class Store:
             file.flush()
             target = self.path(output.digest)
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary.replace(target)
+            if target.exists():
+                temporary.unlink()
+            else:
+                temporary.replace(target)
             names.append(output.digest)
 
     def find(self, action: str) -> Result | None:
@@ -106,17 +109,6 @@ class Store:
             target = self._action(action)
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary.replace(target)
-
-    def remove_unused(self, actions: Mapping[str, Result]) -> int:
-        """Removes whatever is not of these actions, by name; returns the bytes that this frees."""
-        kept = {self._action(action) for action in actions}
-        kept |= {self.path(each) for result in actions.values() for each in result.outputs.values()}
-        freed = 0
-        for path in self.root.rglob("*"):
-            if path.is_file() and path not in kept:
-                freed += path.stat().st_size
-                path.unlink()
-        return freed
 
     def _action(self, action: str) -> Path:
         return self.root / "actions" / action[:2] / f"{action}.json"

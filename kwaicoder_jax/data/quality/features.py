@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kwaicoder_jax.data.deduplication.shingles import runs, tokens
+from kwaicoder_jax.data.shingles import runs, tokens
 
 
 class Features(NamedTuple):

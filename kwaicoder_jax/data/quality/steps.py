@@ -14,7 +14,6 @@ from kwaicoder_jax.data.engine.tally import Tally
 from kwaicoder_jax.data.quality.scorer import Scorer
 
 BINS = 1000  # of a histogram of scores from 0 to 1
-_BATCH = 2**21  # bytes of text that are scored together
 _DECILES = 10
 
 
@@ -33,7 +32,6 @@ class Score:
     score: str = "quality"
     of: str = "good"
     name: str = "score"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         """See Step."""
@@ -41,7 +39,7 @@ class Score:
         place, tally, histograms = scorer.classes.index(self.of), Tally(), dict[str, dict[int, int]]()
 
         def scored() -> Iterator[Document]:
-            for documents in _batches(shards.read(store.path(inputs[0]))):
+            for documents in shards.batches(shards.read(store.path(inputs[0]))):
                 values = scorer.probabilities([document.text.encode() for document in documents])[:, place]
                 for document, value in zip(documents, values.tolist(), strict=True):
                     tally.add("out", document)
@@ -52,19 +50,6 @@ class Score:
 
         shard = shards.write(store, scored())
         return Result({"shard": shard}, tally.facts() | {"histograms": histograms})
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += len(document.text)
-        if size >= _BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def bin_of(score: float) -> int:

@@ -109,7 +109,7 @@ def test_ranges_of_keys_and_blocks_change_nothing(tmp_path, documents, monkeypat
     _, whole = kept(Store(tmp_path / "0"), documents, [200, len(documents) - 200])
     monkeypatch.setattr(deduplication, "_PART", 2**14)
     monkeypatch.setattr(selection, "_BLOCK", 17)
-    monkeypatch.setattr(deduplication.steps, "_BATCH", 11)
+    monkeypatch.setattr(shards, "batches", lambda documents: ([each] for each in documents))
     monkeypatch.setattr(deduplication.steps, "_COMPARED", 5)
     _, parts = kept(Store(tmp_path / "1"), documents, [200, len(documents) - 200])
     assert parts.shards == whole.shards

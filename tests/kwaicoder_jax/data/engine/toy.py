@@ -17,7 +17,6 @@ class Shout:
     log: str = dataclasses.field(default="", metadata={"place": True})
     pause: float = dataclasses.field(default=0.0, metadata={"place": True})
     name: str = "shout"
-    version: int = 1
 
     def run(self, store: Store, inputs: Sequence[str]) -> Result:
         content = b"".join(store.read(each) for each in inputs)

@@ -44,6 +44,13 @@ def make(root, files):
     return root
 
 
+def committed(root):
+    """The folder as a repository with one commit."""
+    names = ("GIT_AUTHOR_NAME", "GIT_AUTHOR_EMAIL", "GIT_COMMITTER_NAME", "GIT_COMMITTER_EMAIL")
+    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", root, *arguments], check=True, env=os.environ | dict.fromkeys(names, "a"))
+
+
 def tar_gz(files):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as archive:
@@ -118,14 +125,7 @@ def test_a_folder_a_tar_a_zip_and_a_repository_give_the_same(tmp_path):
         }.items() <= packed_skipped.items()
 
     repository = make(tmp_path / "git" / "one", {name.removeprefix("p/"): raw for name, raw in FILES.items()})
-    environment = os.environ | {
-        "GIT_AUTHOR_NAME": "a",
-        "GIT_AUTHOR_EMAIL": "a",
-        "GIT_COMMITTER_NAME": "a",
-        "GIT_COMMITTER_EMAIL": "a",
-    }
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
-        subprocess.run(["git", "-C", repository, *arguments], check=True, env=environment)
+    committed(repository)
     for place, name in ((tmp_path / "git", "one"), (repository, "s")):  # one alone bears the place's name
         tracked, tracked_skipped = collect({"kind": "git", "path": str(place)}, options)
         assert {key: document.text for key, document in tracked.items()} == {
@@ -214,14 +214,7 @@ def test_a_broken_repository_is_one_skip(tmp_path):
 
 def test_a_hostile_repository_runs_nothing(tmp_path):
     root = make(tmp_path / "r", {"a.py": "x = 1\n"})
-    environment = os.environ | {
-        "GIT_AUTHOR_NAME": "a",
-        "GIT_AUTHOR_EMAIL": "a",
-        "GIT_COMMITTER_NAME": "a",
-        "GIT_COMMITTER_EMAIL": "a",
-    }
-    for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "first"]):
-        subprocess.run(["git", "-C", root, *arguments], check=True, env=environment)
+    committed(root)
     blob = subprocess.run(["git", "-C", root, "rev-parse", "HEAD:a.py"], capture_output=True, text=True).stdout.strip()
     trap = f"touch {tmp_path}/trapped"
     other = f"touch {tmp_path}/trapped_too"

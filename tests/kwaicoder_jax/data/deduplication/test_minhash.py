@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kwaicoder_jax.data.deduplication import minhash
-from kwaicoder_jax.data.deduplication.shingles import shingles, tokens
+from kwaicoder_jax.data.shingles import shingles, tokens
 
 TOKEN = re.compile(rb"[A-Za-z0-9_\x80-\xff]+|[^\s\x00A-Za-z0-9_\x80-\xff]")
 STANDARD_LIBRARY = Path(sysconfig.get_paths()["stdlib"])
